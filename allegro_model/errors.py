@@ -1,0 +1,52 @@
+"""Everything this package raises on purpose.
+
+A message has three parts: what was found, what was expected, and what to do about it.
+"""
+
+
+class AllegroError(Exception):
+    """Base of every error a user can cause or repair."""
+
+
+class GeometryError(AllegroError):
+    """A width, height, frame count or tile size the model cannot work with."""
+
+
+class ScheduleError(AllegroError):
+    """A step count, denoise strength, guidance scale or sampler name outside its range."""
+
+
+class CheckpointError(AllegroError):
+    """A file of weights cannot be used."""
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """The file is readable, but it is not the kind of model that was asked for."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The right kind of model, but tensors are missing, unexpected or of another shape."""
+
+
+class TextError(AllegroError):
+    """A prompt that cannot be encoded."""
+
+
+class MissingDependency(AllegroError):
+    """An optional package is needed for what was asked and is not installed."""
+
+
+class OutputError(AllegroError):
+    """A result cannot be written where it was asked for."""
+
+
+class NotEnoughMemory(AllegroError):
+    """The estimate for a stage exceeds the memory that is free."""
+
+
+class NonFiniteError(AllegroError):
+    """NaN or Inf appeared in latents or frames."""
+
+
+class Cancelled(AllegroError):
+    """The caller asked to stop; everything finished so far is kept."""
