@@ -1,0 +1,305 @@
+"""Every number that describes a checkpoint, and nothing else.
+
+Two dialects of `config.json` are in circulation, the official one and the diffusers one. `from_dict` reads
+both, ignores keys that change nothing (attention modes, class names, ...) and falls back to the released
+88x720P values. Source: allegro config files and the diffusers port; see `DiTConfig.from_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import UnsupportedCheckpoint
+
+
+def _first(config: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
+    """Value of the first of `names` that is present and not null."""
+    for name in names:
+        if config.get(name) is not None:
+            return config[name]
+    return default
+
+
+def _require(name: str, value: object, ok: bool, expected: str) -> None:
+    if not ok:
+        raise UnsupportedCheckpoint(f"config: {name}={value!r}, expected {expected}. Check the config.json.")
+
+
+# The DiT
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of the diffusion transformer.
+
+    Attributes:
+        num_layers: transformer blocks.
+        num_attention_heads, attention_head_dim: heads and their width; the width of a head is a multiple
+            of 6, because 3-D RoPE splits it into three axes of pairs.
+        in_channels, out_channels: latent channels.
+        patch_size: latent cells per token along height and width.
+        caption_channels: width of the text embeddings.
+        sample_size: (height, width) the checkpoint was trained for, latent cells.
+        sample_size_t: latent frames the checkpoint was trained for.
+        interpolation_scale_t, _h, _w: positions are divided by these before the rotary angles.
+        norm_eps: epsilon of the block LayerNorms.
+        absolute_position: add a fixed sin/cos table of the token's (t, h, w) index after the patch
+            embedding. Off for every released checkpoint; on for the bundled tiny one, which is too small
+            to work out absolute position from relative position alone.
+    """
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    out_channels: int
+    patch_size: int
+    caption_channels: int
+    sample_size: tuple[int, int]
+    sample_size_t: int
+    interpolation_scale_t: float
+    interpolation_scale_h: float
+    interpolation_scale_w: float
+    norm_eps: float
+    absolute_position: bool
+
+    def __post_init__(self) -> None:
+        dh = self.attention_head_dim
+        _require("attention_head_dim", dh, dh > 0 and dh % 6 == 0, "a positive multiple of 6")
+        for name in ("num_layers", "num_attention_heads", "in_channels", "out_channels", "patch_size",
+                     "caption_channels", "sample_size_t"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+
+    @property
+    def width(self) -> int:
+        """D, the width of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> DiTConfig:
+        """Reads an official or diffusers `config.json`; unknown keys are ignored.
+
+        Null interpolation scales are derived from the sample size, as the official constructor does.
+
+        Raises:
+            UnsupportedCheckpoint: a value no Allegro checkpoint can have.
+        """
+        base = DIT_88X720P
+        size = config.get("sample_size")
+        if size is None:
+            size = (config.get("sample_height") or base.sample_size[0],
+                    config.get("sample_width") or base.sample_size[1])
+        elif isinstance(size, int):
+            size = (size, size)
+        sample_size = (int(size[0]), int(size[1]))
+        sample_size_t = int(_first(config, ("sample_size_t", "sample_frames"), base.sample_size_t))
+        _require("patch_size_t", config.get("patch_size_t", 1), config.get("patch_size_t", 1) == 1, "1")
+        scales = dict(zip("thw", _scales(config, sample_size, sample_size_t), strict=True))
+        return cls(
+            num_layers=int(_first(config, ("num_layers",), base.num_layers)),
+            num_attention_heads=int(_first(config, ("num_attention_heads",), base.num_attention_heads)),
+            attention_head_dim=int(_first(config, ("attention_head_dim",), base.attention_head_dim)),
+            in_channels=int(_first(config, ("in_channels",), base.in_channels)),
+            out_channels=int(_first(config, ("out_channels",), base.out_channels)),
+            patch_size=int(_first(config, ("patch_size",), base.patch_size)),
+            caption_channels=int(_first(config, ("caption_channels",), base.caption_channels)),
+            sample_size=sample_size,
+            sample_size_t=sample_size_t,
+            interpolation_scale_t=scales["t"],
+            interpolation_scale_h=scales["h"],
+            interpolation_scale_w=scales["w"],
+            norm_eps=float(_first(config, ("norm_eps",), base.norm_eps)),
+            absolute_position=bool(config.get("absolute_position", False)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict(to_dict())` is the identity."""
+        return {**asdict(self), "sample_size": list(self.sample_size)}
+
+
+def _scales(config: Mapping[str, Any], sample_size: tuple[int, int], frames: int) -> tuple[float, float, float]:
+    """(t, h, w) interpolation scales: the released values when the key is absent, derived when it is null."""
+    derived = {
+        "interpolation_scale_t": frames / 16 if frames % 2 == 0 else (frames - 1) // 16 + 1,
+        "interpolation_scale_h": sample_size[0] / 30,
+        "interpolation_scale_w": sample_size[1] / 40,
+    }
+    base = DIT_88X720P
+    values = []
+    for name, value in derived.items():
+        given = config.get(name, getattr(base, name))
+        values.append(float(value if given is None else given))
+    return values[0], values[1], values[2]
+
+
+# The VideoVAE
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Shape of the VideoVAE and the tiles it was trained on.
+
+    Attributes:
+        block_out_channels: channels of the four levels, finest first.
+        layers_per_block: ResNets per encoder level (the decoder has one more).
+        latent_channels: channels of a latent.
+        norm_num_groups: groups of the spatial GroupNorms.
+        temporal_norm_num_groups: groups of the temporal GroupNorms; 32 in the official code, whatever
+            `norm_num_groups` says.
+        temporal_down, temporal_up: levels that halve / double the frame count, encoder / decoder order.
+        scale_factor: normalised latents = raw latents * scale_factor.
+        tile_size: edge of a square tile, pixels.
+        tile_overlap: (height, width) overlap of neighbouring tiles, pixels.
+        tile_frames, overlap_frames: the same along time, frames.
+    """
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    latent_channels: int
+    norm_num_groups: int
+    temporal_norm_num_groups: int
+    temporal_down: tuple[bool, ...]
+    temporal_up: tuple[bool, ...]
+    scale_factor: float
+    tile_size: int
+    tile_overlap: tuple[int, int]
+    tile_frames: int
+    overlap_frames: int
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        for name in ("temporal_down", "temporal_up"):
+            _require(name, getattr(self, name), len(getattr(self, name)) == levels, f"{levels} entries")
+        _require("scale_factor", self.scale_factor, self.scale_factor > 0, "a positive number")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent cell along height and width: 8 when released."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame: 4 when released."""
+        return int(2 ** sum(self.temporal_down))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
+        """Reads an official or diffusers `config.json`; unknown keys are ignored.
+
+        `scaling_factor` 0.13, the diffusers class default, is a rounding of the 0.13235 the latents were
+        trained with, and is read as such.
+        """
+        base = VAE_720P
+        scale = float(_first(config, ("scale_factor", "scaling_factor"), base.scale_factor))
+        overlap = _first(config, ("tile_overlap",), base.tile_overlap)
+        size = _first(config, ("tile_size", "sample_size"), base.tile_size)
+        return cls(
+            block_out_channels=tuple(int(c) for c in _first(config, ("block_out_channels",),
+                                                            base.block_out_channels)),
+            layers_per_block=int(_first(config, ("layers_per_block",), base.layers_per_block)),
+            latent_channels=int(_first(config, ("latent_channels",), base.latent_channels)),
+            norm_num_groups=int(_first(config, ("norm_num_groups",), base.norm_num_groups)),
+            temporal_norm_num_groups=int(_first(config, ("temporal_norm_num_groups",),
+                                                base.temporal_norm_num_groups)),
+            temporal_down=tuple(bool(b) for b in _first(
+                config, ("temporal_down", "blocks_tempdown_li", "temporal_downsample_blocks"),
+                base.temporal_down)),
+            temporal_up=tuple(bool(b) for b in _first(
+                config, ("temporal_up", "blocks_tempup_li", "temporal_upsample_blocks"), base.temporal_up)),
+            scale_factor=base.scale_factor if scale == 0.13 else scale,
+            tile_size=int(size if isinstance(size, int) else size[0]),
+            tile_overlap=(int(overlap[0]), int(overlap[1])),
+            tile_frames=int(_first(config, ("tile_frames", "chunk_len"), base.tile_frames)),
+            overlap_frames=int(_first(config, ("overlap_frames", "t_over"), base.overlap_frames)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict(to_dict())` is the identity."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+# How a model wants to be used
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The settings a model was made for: the defaults of the command line and of scripts.
+
+    Attributes:
+        width, height: pixels.  num_frames: frames.  fps: frames per second.
+        num_steps: denoising steps.  guidance_scale: classifier-free guidance weight.
+        sampler: a key of `sampling.SAMPLERS`.
+        prompt_template: wrap the prompt in the official quality template.
+        negative_prompt: used when the caller gives none.
+        text_length: tokens a prompt is padded or cut to.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    num_steps: int
+    guidance_scale: float
+    sampler: str
+    prompt_template: bool
+    negative_prompt: str
+    text_length: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> SamplingConfig:
+        """Reads the "allegro_sampling" entry of a `model_index.json`; what is absent is the released value."""
+        known = {f.name for f in fields(cls)}
+        return replace(SAMPLING_88X720P, **{k: v for k, v in config.items() if k in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict(to_dict())` is the identity."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """One released model."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    sampling: SamplingConfig
+
+
+DIT_88X720P = DiTConfig(
+    num_layers=32, num_attention_heads=24, attention_head_dim=96, in_channels=4, out_channels=4, patch_size=2,
+    caption_channels=4096, sample_size=(90, 160), sample_size_t=22, interpolation_scale_t=2.2,
+    interpolation_scale_h=2.0, interpolation_scale_w=2.0, norm_eps=1e-6, absolute_position=False,
+)
+VAE_720P = VAEConfig(
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, norm_num_groups=32,
+    temporal_norm_num_groups=32, temporal_down=(True, True, False, False),
+    temporal_up=(False, True, True, False), scale_factor=0.13235, tile_size=320, tile_overlap=(120, 80),
+    tile_frames=24, overlap_frames=8,
+)
+DEFAULT_NEGATIVE_PROMPT = (
+    "\nnsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
+    "worst quality, \nlow quality, normal quality, jpeg artifacts, signature, watermark, username, blurry.\n"
+)
+SAMPLING_88X720P = SamplingConfig(
+    width=1280, height=720, num_frames=88, fps=15.0, num_steps=100, guidance_scale=7.5,
+    sampler="euler_ancestral", prompt_template=True, negative_prompt=DEFAULT_NEGATIVE_PROMPT, text_length=512,
+)
+
+# The 40-frame entries are deduced from the training stages in the paper (arXiv 2410.15458); a config.json
+# beside the weights always wins over them.
+PRESETS: dict[str, ModelPreset] = {
+    "88x720P": ModelPreset(DIT_88X720P, VAE_720P, SAMPLING_88X720P),
+    "40x720P": ModelPreset(
+        replace(DIT_88X720P, sample_size_t=10, interpolation_scale_t=1.0),
+        VAE_720P,
+        replace(SAMPLING_88X720P, num_frames=40),
+    ),
+    "40x360P": ModelPreset(
+        replace(DIT_88X720P, sample_size_t=10, sample_size=(46, 80), interpolation_scale_t=1.0,
+                interpolation_scale_h=1.0, interpolation_scale_w=1.0),
+        replace(VAE_720P, tile_size=256, tile_overlap=(144, 64)),
+        replace(SAMPLING_88X720P, num_frames=40, width=640, height=368),
+    ),
+}
