@@ -1,0 +1,7 @@
+"""The VideoVAE: frames <-> latents, 4x8x8 smaller, tile by tile."""
+
+from .model import VideoVAE
+from .scaling import denormalise, normalise
+from .tiling import Tiling
+
+__all__ = ["Tiling", "VideoVAE", "denormalise", "normalise"]

@@ -1,0 +1,173 @@
+"""Overlapping tiles in space and time: where they lie, how they blend, and how they stream.
+
+The network only ever sees tiles of the size it was trained on. Along an axis tiles start every
+`tile - overlap`; the last one is shifted back to end with the data, so that every frame and pixel is
+covered at any size. In an overlap a tile's weight ramps linearly, and weights are divided by their sum. At
+sizes of the form tile + k * stride with overlaps up to half a tile the ramps sum to 1 by themselves, and the
+result is the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import VAEConfig
+from ..errors import GeometryError
+
+Progress = Callable[[int, int], None]
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile and overlap sizes, in frames and pixels, and the tiles that go through the network at once.
+
+    Attributes:
+        tile_frames, tile_height, tile_width: size of a tile; frames a multiple of 4, pixels of 8.
+        overlap_frames, overlap_height, overlap_width: shared with the next tile; same multiples, less than
+            the tile.
+        tiles_per_batch: tiles through the network at once; more is faster and needs more memory.
+    """
+
+    tile_frames: int
+    tile_height: int
+    tile_width: int
+    overlap_frames: int
+    overlap_height: int
+    overlap_width: int
+    tiles_per_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, multiple in (("frames", 4), ("height", 8), ("width", 8)):
+            tile, overlap = getattr(self, f"tile_{axis}"), getattr(self, f"overlap_{axis}")
+            if tile < multiple or tile % multiple:
+                raise GeometryError(f"tile_{axis}={tile}: must be a positive multiple of {multiple}; nearest: "
+                                    f"{max(multiple, tile // multiple * multiple)}.")
+            if overlap % multiple or not 0 <= overlap < tile:
+                raise GeometryError(f"overlap_{axis}={overlap}: must be a multiple of {multiple} from 0 to "
+                                    f"{tile - multiple}, less than tile_{axis}={tile}.")
+        if self.tiles_per_batch < 1:
+            raise GeometryError(f"tiles_per_batch={self.tiles_per_batch}: must be at least 1.")
+
+    @classmethod
+    def from_config(cls, config: VAEConfig, tiles_per_batch: int = 1) -> Tiling:
+        """The tiles the checkpoint was trained on."""
+        return cls(config.tile_frames, config.tile_size, config.tile_size, config.overlap_frames,
+                   *config.tile_overlap, tiles_per_batch=tiles_per_batch)
+
+    def plan(self, shape: Triple) -> tuple[Axis, Axis, Axis]:
+        """Tile positions for latents of (t, h, w) cells."""
+        t, h, w = shape
+        return (plan_axis(t, self.tile_frames // 4, self.overlap_frames // 4),
+                plan_axis(h, self.tile_height // 8, self.overlap_height // 8),
+                plan_axis(w, self.tile_width // 8, self.overlap_width // 8))
+
+
+class Axis(NamedTuple):
+    """Tiles along one axis, in latent cells: their starts, their common length, the overlap, the extent."""
+
+    starts: tuple[int, ...]
+    tile: int
+    overlap: int
+    size: int
+
+
+def plan_axis(size: int, tile: int, overlap: int) -> Axis:
+    """Places tiles so that they cover `size` cells; a size below one tile is a single smaller tile."""
+    tile = min(tile, size)
+    starts = list(range(0, size - tile + 1, tile - overlap if overlap < tile else tile))
+    if starts[-1] + tile < size:
+        starts.append(size - tile)
+    return Axis(tuple(starts), tile, min(overlap, tile - 1), size)
+
+
+def blend_weights(axis: Axis, scale: int) -> list[Tensor]:
+    """Weight of every sample of every tile along one axis.
+
+    Args:
+        axis: tile positions, in cells.
+        scale: samples per cell.
+    Returns:
+        one [tile * scale] float32 tensor per tile; where tiles overlap their weights sum to 1.
+    """
+    length, overlap = axis.tile * scale, axis.overlap * scale
+    ramp = torch.arange(overlap, dtype=torch.float32) / max(overlap, 1)
+    weights, total = [], torch.zeros(axis.size * scale)
+    for i, start in enumerate(axis.starts):
+        weight = torch.ones(length)
+        if i > 0:
+            weight[:overlap] *= ramp
+        if i < len(axis.starts) - 1:
+            weight[length - overlap:] *= 1 - ramp
+        weights.append(weight)
+        total[start * scale : start * scale + length] += weight
+    return [w / total[s * scale : s * scale + length] for w, s in zip(weights, axis.starts, strict=True)]
+
+
+def stream_tiles(source: Tensor, plan: tuple[Axis, Axis, Axis], network: Callable[[Tensor], Tensor], *,
+                 source_scale: Triple, output_scale: Triple, tiles_per_batch: int,
+                 progress: Progress | None) -> Iterator[Tensor]:
+    """Runs a network over tiles and yields the blended result along time.
+
+    Memory beyond the source: one window of a tile's frames at full size, and one batch of tiles.
+
+    Args:
+        source: [B, C, T, H, W]; items of the batch are tiles like any other, so that one item's result does
+            not depend on the others.
+        plan: tile positions along t, h, w, in cells.
+        network: a batch of tiles [n, C, T', H', W'] -> [n, C', ...].
+        source_scale, output_scale: samples per cell along t, h, w in the source and in the result.
+        tiles_per_batch: n.
+        progress: called with (tiles done, tiles in all), first with 0; raising in it cancels.
+    Yields:
+        [B, C', k, H, W] float32 in order of time, on the network's output device; their sizes along time
+        add up to the whole.
+    """
+    progress = progress or (lambda done, total: None)
+    times, rows, columns = plan
+    weights = [blend_weights(axis, scale) for axis, scale in zip(plan, output_scale, strict=True)]
+    jobs = list(product(range(source.shape[0]), range(len(rows.starts)), range(len(columns.starts))))
+    total = len(times.starts) * len(jobs)
+    window: Tensor | None = None
+    done = 0
+    progress(done, total)
+    for i, start in enumerate(times.starts):
+        for first in range(0, len(jobs), tiles_per_batch):
+            batch = jobs[first : first + tiles_per_batch]
+            boxes = [(b, _box(plan, (i, j, k), source_scale)) for b, j, k in batch]
+            tiles = network(torch.stack([source[b][(slice(None), *box)] for b, box in boxes]))
+            if window is None:
+                window = _window(tiles, source.shape[0], plan, output_scale)
+            for (b, j, k), tile in zip(batch, tiles, strict=True):
+                _, y, x = _box(plan, (i, j, k), output_scale)
+                weight = (weights[0][i][:, None, None] * (weights[1][j][:, None] * weights[2][k])).to(tile.device)
+                window[b, :, :, y, x].addcmul_(tile.float(), weight)
+            done += len(batch)
+            progress(done, total)
+        assert window is not None
+        following = times.starts[i + 1] if i + 1 < len(times.starts) else times.size
+        ready = (following - start) * output_scale[0]  # no later tile touches these
+        yield window[:, :, :ready]
+        if following < times.size:
+            rest = window[:, :, ready:]
+            window = torch.zeros_like(window)
+            window[:, :, : rest.shape[2]] = rest
+
+
+def _box(plan: tuple[Axis, Axis, Axis], index: Triple, scale: Triple) -> tuple[slice, slice, slice]:
+    """Samples of tile `index`."""
+    t, h, w = (slice(axis.starts[i] * s, (axis.starts[i] + axis.tile) * s)
+               for axis, i, s in zip(plan, index, scale, strict=True))
+    return t, h, w
+
+
+def _window(tiles: Tensor, batch: int, plan: tuple[Axis, Axis, Axis], scale: Triple) -> Tensor:
+    times, rows, columns = plan
+    shape = (batch, tiles.shape[1], times.tile * scale[0], rows.size * scale[1], columns.size * scale[2])
+    return torch.zeros(shape, dtype=torch.float32, device=tiles.device)
