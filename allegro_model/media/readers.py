@@ -1,0 +1,128 @@
+"""Frames out of any video ffmpeg can play."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from os import PathLike
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from ..errors import AllegroError
+from .ffmpeg import log_text, run, source, start, stop
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What a video delivers, or should be turned into: pixels and frames per second."""
+
+    width: int
+    height: int
+    fps: float
+
+
+def probe_clip(path: str | PathLike[str]) -> ClipInfo:
+    """Size and frame rate of a video.
+
+    Raises:
+        AllegroError: the file is missing or ffmpeg cannot play it.
+        MissingDependency: there is no ffmpeg.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AllegroError(f"There is no video {path}. Check the path.")
+    # The first line of a yuv4mpegpipe stream states size and exact rate: "YUV4MPEG2 W640 H368 F15:1 ...".
+    status, output, log = run(["-v", "error", *source(path), "-map", "0:v:0", "-frames:v", "1",
+                               "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "-"])
+    if status or not output.startswith(b"YUV4MPEG2 "):
+        raise _read_error(path, log)
+    fields = {word[0]: word[1:] for word in output.split(b"\n", 1)[0].decode("ascii").split()[1:]}
+    rate = Fraction(fields["F"].replace(":", "/"))
+    return ClipInfo(int(fields["W"]), int(fields["H"]), float(rate))
+
+
+def stream_frames(path: str | PathLike[str], target: ClipInfo, *, max_frames: int | None = None,
+                  chunk_frames: int = 8) -> Iterator[Tensor]:
+    """Frames of a video in order, a few at a time.
+
+    Args:
+        target: wanted size and rate. A video of another shape is scaled to cover the size and cropped to its
+            centre; one of another rate has frames dropped or repeated.
+        max_frames: stop after so many.
+        chunk_frames: frames per piece.
+    Yields:
+        [3, n, H, W] float32 in [-1, 1], n at most `chunk_frames`.
+    Raises:
+        AllegroError: the file cannot be played, or ends within a frame.
+    """
+    path = Path(path)
+    limit = [] if max_frames is None else ["-frames:v", str(max_frames)]
+    with tempfile.TemporaryFile() as log:
+        process = start(["-v", "error", *source(path), "-map", "0:v:0", "-vf", _filters(target), *limit,
+                         "-pix_fmt", "rgb24", "-f", "rawvideo", "-"],
+                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        assert process.stdout is not None
+        try:
+            yield from _chunks(process.stdout, target, chunk_frames, path)
+            process.stdout.close()
+            if process.wait():
+                raise _read_error(path, log_text(log))
+        finally:
+            stop(process)
+            process.stdout.close()
+
+
+def _filters(target: ClipInfo) -> str:
+    size = f"{target.width}:{target.height}"
+    rate = Fraction(target.fps).limit_denominator(100_000)
+    return (f"fps={rate},scale={size}:force_original_aspect_ratio=increase"
+            f":flags=bicubic+accurate_rnd+full_chroma_int,crop={size}")
+
+
+def _chunks(stream: IO[bytes], target: ClipInfo, chunk_frames: int, path: Path) -> Iterator[Tensor]:
+    frame_bytes = target.width * target.height * 3
+    while data := stream.read(frame_bytes * chunk_frames):
+        count, rest = divmod(len(data), frame_bytes)
+        if rest:
+            raise AllegroError(f"The video {path} ends within a frame. The file is damaged; use another one.")
+        # A copy, since bytes are read-only and torch would warn about sharing them.
+        pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels = pixels.view(count, target.height, target.width, 3)
+        yield pixels.permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def read_frames(path: str | PathLike[str], *, width: int | None = None, height: int | None = None,
+                fps: float | None = None, max_frames: int | None = None) -> tuple[Tensor, float]:
+    """A whole video, or its beginning, as one tensor.
+
+    Args:
+        width, height: wanted pixels; see `stream_frames`. None: as in the file.
+        fps: wanted frames per second. None: as in the file.
+        max_frames: read at most so many.
+    Returns:
+        (frames [3, T, H, W] float32 in [-1, 1], frames per second).
+    Raises:
+        AllegroError: the file is missing, cannot be played or holds no frame.
+        MissingDependency: there is no ffmpeg.
+    """
+    found = probe_clip(path)
+    target = ClipInfo(width or found.width, height or found.height, fps or found.fps)
+    if not math.isfinite(target.fps) or target.fps <= 0:
+        raise AllegroError(f"fps={target.fps}: must be a positive number.")
+    chunks = list(stream_frames(path, target, max_frames=max_frames))
+    if not chunks:
+        raise AllegroError(f"The video {path} holds no frame. Use another one.")
+    return torch.cat(chunks, dim=1), target.fps
+
+
+def _read_error(path: Path, log: str) -> AllegroError:
+    lines = [line for line in log.splitlines() if line.strip()]
+    said = f" (ffmpeg: {lines[-1]})" if lines else ""
+    return AllegroError(f"Cannot read {path} as a video{said}. Use a file that plays in a video player.")
