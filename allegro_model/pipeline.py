@@ -1,0 +1,426 @@
+"""Prompt -> frames, in stages that can be run, saved and resumed one by one.
+
+    pipeline = AllegroPipeline.from_pretrained("tiny")
+    frames = pipeline("a red circle moves right over a blue background", seed=1)  # [1, 3, T, H, W]
+
+The stages are `encode_prompt` -> `sample` -> `decode_stream`. Networks are loaded when their stage begins;
+the text encoder is dropped after it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SamplingConfig
+from .dit import AllegroDiT
+from .errors import GeometryError, NonFiniteError, ScheduleError
+from .geometry import (
+    LATENT_CHANNELS,
+    check_memory,
+    check_size,
+    estimate_decode_bytes,
+    estimate_sampling_bytes,
+    frames_bytes,
+    latent_shape,
+)
+from .loading import bundled_model, load_dit, load_sampling_defaults, load_text_encoder, load_vae
+from .memory import free_bytes, total_bytes
+from .sampling import SAMPLERS, Denoiser, NoiseSource, Prompt, StepInfo, reference_sigmas
+from .sampling.guidance import check_guidance
+from .sampling.noise import MAX_SEED
+from .sampling.samplers import Callback
+from .sampling.schedule import check_schedule
+from .text import TextEncoder, format_negative, format_prompt
+from .vae import Tiling, VideoVAE, denormalise, normalise
+from .vae.tiling import Progress
+
+log = logging.getLogger(__name__)
+
+# Below this size reduced precision gains nothing, and rounding of the noise prediction is amplified 157-fold
+# in the first step.
+SMALL_MODEL_PARAMETERS = 100_000_000
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Everything that determines the latents besides the prompt.
+
+    Attributes:
+        width, height: pixels, multiples of 16.  num_frames: a multiple of 4.
+        num_steps: model evaluations, at least 1.  guidance_scale: 1 turns guidance off.
+        sampler: a key of `SAMPLERS`.  seed: 0 .. 2**64 - 1.
+        denoise: in (0, 1]; below 1 given latents are only partly replaced.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    num_steps: int
+    guidance_scale: float
+    sampler: str = "euler_ancestral"
+    seed: int = 0
+    denoise: float = 1.0
+
+    def check(self) -> None:
+        """Raises unless a run with these settings is possible.
+
+        Raises:
+            GeometryError, ScheduleError: the first value outside its range.
+        """
+        check_size(self.width, self.height, self.num_frames)
+        check_schedule(self.num_steps, self.denoise)
+        check_guidance(self.guidance_scale)
+        if self.sampler not in SAMPLERS:
+            raise ScheduleError(f"sampler={self.sampler!r}: must be one of {', '.join(SAMPLERS)}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
+            raise ScheduleError(f"seed={self.seed!r}: must be a whole number from 0 to {MAX_SEED}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Both prompts, encoded, each with embeds [1, L, C] and mask [1, L]; the negative is None without guidance."""
+
+    positive: Prompt
+    negative: Prompt | None
+
+
+@dataclass(frozen=True)
+class SampleState:
+    """A run after some of its steps: all that is needed to go on.
+
+    Attributes:
+        latents: [1, 4, t, h, w] float32, normalised; with the noise of `step` in them until the run is finished.
+        step: steps done.
+        settings: of the run.
+        denoised: the last prediction, which two-step samplers look back on; None before the first step.
+    """
+
+    latents: Tensor
+    step: int
+    settings: SampleSettings
+    denoised: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.settings.num_steps
+
+
+class AllegroPipeline:
+    """A model folder, and the machine it runs on.
+
+    Args:
+        root: snapshot folder with `transformer/`, `vae/`, `text_encoder/` and `tokenizer/`.
+        defaults: the settings the model was made for.
+        device: where the networks run.
+        dtype: of the transformer; None picks bfloat16 on an accelerator and float32 on a CPU.
+        tiling: of the VAE; None takes the checkpoint's.
+    """
+
+    def __init__(self, root: Path, defaults: SamplingConfig, *, device: torch.device,
+                 dtype: torch.dtype | None = None, tiling: Tiling | None = None) -> None:
+        self.root = root
+        self.defaults = defaults
+        self.device = device
+        self.dtype = dtype
+        self.tiling = tiling
+        self._dit: AllegroDiT | None = None
+        self._vae: VideoVAE | None = None
+
+    @classmethod
+    def from_pretrained(cls, model: str | PathLike[str] = "tiny", *, device: str | torch.device = "auto",
+                        dtype: str | torch.dtype = "auto", tiling: Tiling | None = None) -> AllegroPipeline:
+        """Opens a model; weights are read when they are first needed.
+
+        Args:
+            model: "tiny" for the bundled model, or a snapshot folder.
+            device: "auto" (an accelerator if there is one), or a torch device.
+            dtype: "auto", "bf16", "fp16", "fp32" or a torch dtype; of the transformer.
+            tiling: of the VAE; None takes the checkpoint's.
+        Raises:
+            UnsupportedCheckpoint: not a model folder.
+        """
+        root = bundled_model("tiny") if model == "tiny" else Path(model)
+        return cls(root, load_sampling_defaults(root), device=resolve_device(device),
+                   dtype=resolve_dtype(dtype), tiling=tiling)
+
+    # Networks: memory-mapped when something about them is asked, moved to the device when they run
+
+    def _load_dit(self) -> AllegroDiT:
+        if self._dit is None:
+            self._dit = load_dit(self.root / "transformer")
+        return self._dit
+
+    def _load_vae(self) -> VideoVAE:
+        if self._vae is None:
+            self._vae = load_vae(self.root / "vae", dtype=torch.float32)
+        return self._vae
+
+    @property
+    def dit_dtype(self) -> torch.dtype:
+        """dtype the transformer runs in."""
+        if self.dtype is not None:
+            return self.dtype
+        small = sum(p.numel() for p in self._load_dit().parameters()) < SMALL_MODEL_PARAMETERS
+        return torch.float32 if small or self.device.type == "cpu" else torch.bfloat16
+
+    @property
+    def dit(self) -> AllegroDiT:
+        """The transformer, on the pipeline's device."""
+        return self._load_dit().to(self.device, self.dit_dtype)
+
+    @property
+    def vae(self) -> VideoVAE:
+        """The VideoVAE, float32 as the reference recommends, on the pipeline's device."""
+        return self._load_vae().to(self.device)
+
+    def load_text_encoder(self) -> TextEncoder:
+        """The text encoder, on the pipeline's device if it fits there, else on the CPU."""
+        dtype = torch.float32 if self.device.type == "cpu" and self.dtype is None else torch.bfloat16
+        encoder = load_text_encoder(self.root, dtype=dtype, max_length=self.defaults.text_length)
+        needed = sum(p.numel() * p.element_size() for p in encoder.model.parameters())
+        free = free_bytes(self.device)
+        if free is None or needed < free:
+            encoder.model.to(self.device)
+        else:
+            log.info("The text encoder (%.1f GiB) does not fit on %s; it runs on the CPU.", needed / 2**30,
+                     self.device)
+        return encoder
+
+    # Stages
+
+    def settings(self, **overrides: Any) -> SampleSettings:
+        """The model's default settings with `overrides`; None keeps the default. Checked.
+
+        Raises:
+            GeometryError, ScheduleError: see `SampleSettings.check`.
+        """
+        d = self.defaults
+        base = SampleSettings(d.width, d.height, d.num_frames, d.num_steps, d.guidance_scale, d.sampler)
+        settings = replace(base, **{k: v for k, v in overrides.items() if v is not None})
+        settings.check()
+        return settings
+
+    def encode_prompt(self, prompt: str, negative_prompt: str | None = None, *, guidance_scale: float,
+                      template: bool | None = None, clean: bool = True) -> PromptEmbeds:
+        """Encodes the texts, then drops the text encoder.
+
+        Args:
+            prompt: what the clip shows.
+            negative_prompt: what guidance steers away from; None takes the model's default.
+            guidance_scale: at 1 the negative prompt is not encoded.
+            template: wrap the prompt in the official quality template; None takes the model's default.
+            clean: apply the official caption cleaning.
+        Raises:
+            TextError: a prompt is too long.
+        """
+        template = self.defaults.prompt_template if template is None else template
+        texts = [format_prompt(prompt, template=template, clean=clean)]
+        if guidance_scale != 1.0:
+            negative = self.defaults.negative_prompt if negative_prompt is None else negative_prompt
+            texts.append(format_negative(negative, clean=clean))
+        embeds, mask = self.load_text_encoder().encode(texts)
+        prompts = [Prompt(embeds[i : i + 1], mask[i : i + 1]) for i in range(len(texts))]
+        return PromptEmbeds(prompts[0], prompts[1] if len(prompts) > 1 else None)
+
+    def check_memory(self, settings: SampleSettings) -> None:
+        """Raises before anything is allocated when the clip cannot fit.
+
+        Raises:
+            NotEnoughMemory: with the estimate, what is free, and what to try.
+        """
+        host = free_bytes(torch.device("cpu"))
+        remedy = "fewer frames; a smaller width and height; closing other programs"
+        if host is not None:
+            clip = frames_bytes(settings.width, settings.height, settings.num_frames)
+            check_memory(f"A clip of {settings.num_frames} frames of {settings.width}x{settings.height}",
+                         clip, host, remedy)
+        free = free_bytes(self.device)
+        if free is not None:
+            shape = latent_shape(settings.width, settings.height, settings.num_frames)
+            needed = estimate_sampling_bytes(self._load_dit().config, shape, batch=1,
+                                             dtype_bytes=self.dit_dtype.itemsize)
+            check_memory("Sampling", needed, free, remedy)
+            check_memory("Decoding", self._decode_bytes(settings.num_frames, settings.height, settings.width), free, f"smaller tiles; {remedy}")
+
+    def _decode_bytes(self, num_frames: int, height: int, width: int) -> int:
+        """Activations of one batch of tiles."""
+        config = self._load_vae().config
+        tiling = self.tiling or Tiling.from_config(config)
+        tile = (min(tiling.tile_frames, num_frames), min(tiling.tile_height, height),
+                min(tiling.tile_width, width))
+        return estimate_decode_bytes(config, tile, tiles=tiling.tiles_per_batch, dtype_bytes=4)
+
+    def start(self, settings: SampleSettings, init_latents: Tensor | None = None) -> SampleState:
+        """The state before the first step: pure noise, or given latents with noise on top.
+
+        Args:
+            settings: of the run.
+            init_latents: raw latents [1, 4, t, h, w] to start from when settings.denoise is below 1.
+        Raises:
+            GeometryError: `init_latents` is not of the settings' size.
+            ScheduleError: denoise below 1 without `init_latents`.
+        """
+        settings.check()
+        shape = (LATENT_CHANNELS, *latent_shape(settings.width, settings.height, settings.num_frames))
+        sigma = reference_sigmas(settings.num_steps, settings.denoise)[0]
+        x = NoiseSource([settings.seed], shape).draw() * sigma
+        if init_latents is not None:
+            if tuple(init_latents.shape) != (1, *shape):
+                raise GeometryError(f"init latents of shape {list(init_latents.shape)}: expected {[1, *shape]} for "
+                                    f"{settings.num_frames} frames of {settings.width}x{settings.height}.")
+            x = x + normalise(init_latents.float().cpu(), self._load_vae().config.scale_factor)
+        elif settings.denoise < 1.0:
+            raise ScheduleError(f"denoise={settings.denoise}: below 1 needs frames or latents to start from. "
+                                "Give some, or use denoise 1.")
+        return SampleState(x, 0, settings)
+
+    def sample(self, prompts: PromptEmbeds, state: SampleState, *, stop: int | None = None,
+               callback: Callback | None = None) -> SampleState:
+        """Runs the remaining steps.
+
+        Args:
+            prompts: from `encode_prompt`.
+            state: from `start`, or where an earlier run stopped.
+            stop: step to stop at; None finishes the run.
+            callback: called after each step; raising in it cancels.
+        Returns:
+            the state after the last step.
+        Raises:
+            NonFiniteError: NaN or Inf in the prediction.
+        """
+        s = state.settings
+        s.check()
+        sigmas = reference_sigmas(s.num_steps, s.denoise)
+        noise = NoiseSource([s.seed], state.latents.shape[1:], skip=1 + state.step)
+        denoiser = Denoiser(self.dit, prompts.positive, prompts.negative, s.guidance_scale,
+                            batched=self._batched(s))
+        last = state.denoised
+
+        def after_step(info: StepInfo) -> None:
+            nonlocal last
+            check_finite(info.denoised, f"step {info.step} of {info.num_steps}")
+            last = info.denoised
+            if callback is not None:
+                callback(info)
+
+        x = SAMPLERS[s.sampler](
+            denoiser, state.latents.to(self.device), sigmas, noise.draw, start=state.step, stop=stop,
+            previous=None if last is None else last.to(self.device), callback=after_step)
+        step = s.num_steps if stop is None else min(stop, s.num_steps)
+        return SampleState(x.cpu(), step, s, None if last is None else last.cpu())
+
+    def _batched(self, settings: SampleSettings) -> bool:
+        """Whether both prompts go through the network at once: when that takes at most half the memory."""
+        total = total_bytes(self.device)
+        shape = latent_shape(settings.width, settings.height, settings.num_frames)
+        needed = estimate_sampling_bytes(self._load_dit().config, shape, batch=2,
+                                         dtype_bytes=self.dit_dtype.itemsize)
+        return total is not None and needed * 2 <= total
+
+    def raw_latents(self, state: SampleState) -> Tensor:
+        """The latents of a finished run as the VAE takes them: [1, 4, t, h, w] float32, on the CPU.
+
+        Raises:
+            ScheduleError: steps are left.
+        """
+        if not state.finished:
+            raise ScheduleError(f"{state.step} of {state.settings.num_steps} steps are done: the latents still hold "
+                                "noise. Resume the run first.")
+        return denormalise(state.latents, self._load_vae().config.scale_factor)
+
+    def decode_stream(self, latents: Tensor, *, progress: Progress | None = None) -> Iterator[Tensor]:
+        """Decodes raw latents in bounded memory.
+
+        Args:
+            latents: raw latents [1, 4, t, h, w].
+            progress: called with (tiles done, tiles in all); raising in it cancels.
+        Yields:
+            [1, 3, k, H, W] float32 in [-1, 1], on the CPU, in order.
+        Raises:
+            NonFiniteError: NaN or Inf in the frames.
+        """
+        t, h, w = (int(n) for n in latents.shape[2:])
+        free = free_bytes(self.device)
+        if self.device.type != "cpu" and free is not None and free < self._decode_bytes(4 * t, 8 * h, 8 * w):
+            self._dit = None  # it is read again, from the memory map, when the next run needs it
+        for frames in self.vae.decode_stream(latents.to(self.device), tiling=self.tiling, progress=progress):
+            check_finite(frames, "decoding")
+            yield frames.clamp(-1, 1).cpu()
+
+    def encode(self, frames: Tensor, *, progress: Progress | None = None) -> Tensor:
+        """Frames [1, 3, T, H, W] in [-1, 1] -> raw latents [1, 4, ceil(T/4), H/8, W/8] float32 (the mean).
+
+        Raises:
+            GeometryError: H or W is no multiple of 8.
+        """
+        mean, _ = self.vae.encode(frames, tiling=self.tiling, progress=progress, device=self.device)
+        return mean.cpu()
+
+    def __call__(self, prompt: str, *, negative_prompt: str | None = None, callback: Callback | None = None,
+                 init_frames: Tensor | None = None, **settings: Any) -> Tensor:
+        """All stages at once.
+
+        Args:
+            prompt, negative_prompt: texts.
+            callback: called after each step.
+            init_frames: [1, 3, T, H, W] in [-1, 1] to start from, with denoise below 1.
+            **settings: fields of `SampleSettings`; what is absent is the model's default.
+        Returns:
+            frames [1, 3, T, H, W] float32 in [-1, 1], on the CPU.
+        """
+        chosen = self.settings(**settings)
+        self.check_memory(chosen)
+        prompts = self.encode_prompt(prompt, negative_prompt, guidance_scale=chosen.guidance_scale)
+        latents = None if init_frames is None else self.encode(init_frames)
+        state = self.sample(prompts, self.start(chosen, latents), callback=callback)
+        return torch.cat(list(self.decode_stream(self.raw_latents(state))), dim=2)
+
+
+def check_finite(x: Tensor, where: str) -> None:
+    """Raises when `x` holds NaN or Inf.
+
+    Raises:
+        NonFiniteError: names the place and what is most likely at fault.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError(f"NaN or Inf appeared in {where}. Most likely the precision: run the transformer in bf16 "
+                             "or fp32 instead of fp16; then check that the weights are intact (inspect).")
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """"auto" -> the accelerator torch reports, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+DTYPES: Mapping[str, torch.dtype | None] = {
+    "auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+}
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """A name of `DTYPES` or a torch dtype -> torch dtype, None for "auto".
+
+    Raises:
+        ScheduleError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ScheduleError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
