@@ -12,6 +12,8 @@ from allegro_model.config import DiTConfig, VAEConfig
 from allegro_model.dit import AllegroDiT
 from allegro_model.dit.embed import AdaLNSingle, timestep_sinusoid
 from allegro_model.dit.rope import apply_rope, axis_angles, rope_tables
+from allegro_model.sampling import SAMPLERS, Denoiser, Prompt, StepInfo, reference_sigmas, reference_timesteps
+from allegro_model.sampling.samplers import Denoise
 from allegro_model.vae import VideoVAE
 from allegro_model.vae.blocks import TemporalBlock, per_frame
 from allegro_model.vae.tiling import blend_weights, plan_axis
@@ -122,6 +124,58 @@ def run_blend(case: Case) -> Outputs:
     return out
 
 
+# Sampling
+
+
+def run_scheduler(case: Case) -> Outputs:
+    """Tables named `<table>_<steps>`, or a trajectory with given model outputs and noises."""
+    if "initial_noise" in case.inputs:
+        return run_trajectory(case)
+    out = {}
+    for name in case.expected:
+        table, _, steps = name.rpartition("_")
+        sigmas = reference_sigmas(int(steps))
+        out[name] = {"timesteps": reference_timesteps(int(steps)), "sigmas": sigmas, "init_noise_sigma": sigmas[:1]}[table]
+    return out
+
+
+def run_trajectory(case: Case) -> Outputs:
+    """`latents_i` is the state before step i, `scaled_input_i` what the network would see there."""
+    x = case.inputs
+    sigmas = reference_sigmas(case.config["steps"])
+    out = {"latents_0": x["initial_noise"] * sigmas[0]}
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        step = int((sigmas == sigma).nonzero())
+        out[f"scaled_input_{step}"] = latents / (sigma**2 + 1) ** 0.5
+        return latents - sigma * x[f"model_output_{step}"]
+
+    sample_ancestral(case, denoise, out["latents_0"], sigmas, out)
+    return out
+
+
+def sample_ancestral(case: Case, denoise: Denoise, latents: Tensor, sigmas: Tensor, out: Outputs) -> None:
+    """Runs the reference sampler with the case's noises and stores the state after step i as `latents_<i + 1>`."""
+    noises = iter(range(len(sigmas)))
+
+    def store(info: StepInfo) -> None:
+        out[f"latents_{info.step}"] = info.latents
+
+    SAMPLERS["euler_ancestral"](denoise, latents, sigmas, lambda: case.inputs[f"noise_{next(noises)}"], callback=store)
+
+
+def run_e2e_t2v(case: Case) -> Outputs:
+    x, c = case.inputs, case.config
+    dit = AllegroDiT(DiTConfig.from_dict(c["transformer"]))
+    case.fill(dit)
+    prompts = [Prompt(x[f"{name}_embeds"], x[f"{name}_mask"]) for name in ("prompt", "negative")]
+    sigmas = reference_sigmas(c["steps"])
+    out: Outputs = {}
+    denoiser = Denoiser(dit, *prompts, c["guidance_scale"], batched=True)
+    sample_ancestral(case, denoiser, x["initial_noise"] * sigmas[0], sigmas, out)
+    return out
+
+
 KINDS: dict[str, Callable[[Case], Outputs]] = {
     "dit_t2v": run_dit_t2v,
     "timestep": run_timestep,
@@ -132,6 +186,8 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
     "vae_encode": run_vae_encode,
     "vae_decode": run_vae_decode,
     "blend": run_blend,
+    "scheduler": run_scheduler,
+    "e2e_t2v": run_e2e_t2v,
 }
 
 # Cases of these kinds are part of the format; what they test is not part of the package yet.
