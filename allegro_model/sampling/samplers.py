@@ -16,6 +16,11 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[], Tensor]
 
 
+# The reference spacing ends with steps several times as long (in log sigma) as the ones before. Extrapolating
+# that far overshoots; below this ratio of step lengths the second-order samplers take a first-order step.
+MIN_STEP_RATIO = 0.5
+
+
 class StepInfo(NamedTuple):
     """What the callback learns after each step; raising in the callback cancels the run."""
 
@@ -108,7 +113,8 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor, draw: Draw, *, 
         estimate = denoised
         if previous is not None and i > 0:
             r = (sigmas[i - 1].log() - sigmas[i].log()) / h
-            estimate = denoised + (denoised - previous) / (2 * r)
+            if r > MIN_STEP_RATIO:
+                estimate = denoised + (denoised - previous) / (2 * r)
         return sigmas[i + 1] / sigmas[i] * x - torch.expm1(-h) * estimate
 
     return _run(step, denoise, x, sigmas, start=start, stop=stop, previous=previous, callback=callback)
@@ -128,7 +134,8 @@ def sample_dpmpp_2m_sde(denoise: Denoise, x: Tensor, sigmas: Tensor, draw: Draw,
         new = sigmas[i + 1] / sigmas[i] * torch.exp(-h) * x + share * denoised
         if previous is not None and i > 0:
             r = (sigmas[i - 1].log() - sigmas[i].log()) / h
-            new = new + 0.5 * share * (denoised - previous) / r
+            if r > MIN_STEP_RATIO:
+                new = new + 0.5 * share * (denoised - previous) / r
         return new + noise * sigmas[i + 1] * share.sqrt()
 
     return _run(step, denoise, x, sigmas, start=start, stop=stop, previous=previous, callback=callback)
