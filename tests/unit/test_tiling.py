@@ -1,0 +1,226 @@
+"""VAE tiling at every size: coverage, blend weights, and invariances of the whole encode and decode.
+
+That sizes of the form tile + k * stride give the reference's result is shown by tests/parity.
+"""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from allegro_model.config import VAEConfig
+from allegro_model.errors import GeometryError
+from allegro_model.vae import Tiling, VideoVAE
+from allegro_model.vae.blocks import per_frame
+from allegro_model.vae.tiling import Axis, blend_weights, plan_axis, stream_tiles
+
+
+def random_axes(count: int, seed: int) -> list[tuple[int, int, int]]:
+    """(size, tile, overlap) in cells, from one cell up; sizes below, at and above the tile."""
+    rng = random.Random(seed)
+    axes = [(1, 1, 0), (1, 6, 2), (6, 6, 2), (7, 6, 2), (45, 40, 15), (90, 40, 15), (160, 40, 10), (10, 4, 3)]
+    while len(axes) < count:
+        tile = rng.randint(1, 12)
+        axes.append((rng.randint(1, 60), tile, rng.randint(0, tile - 1)))
+    return axes
+
+
+AXES = random_axes(80, seed=1)
+
+
+def spread(weights: list[Tensor], axis: Axis, scale: int) -> Tensor:
+    """Sum of the tiles' weights at every sample."""
+    total = torch.zeros(axis.size * scale)
+    for start, weight in zip(axis.starts, weights, strict=True):
+        total[start * scale : start * scale + len(weight)] += weight
+    return total
+
+
+@pytest.mark.parametrize(("size", "tile", "overlap"), AXES)
+def test_every_cell_is_covered(size: int, tile: int, overlap: int) -> None:
+    axis = plan_axis(size, tile, overlap)
+    assert axis.tile == min(tile, size)
+    covered = [0] * size
+    for start in axis.starts:
+        assert 0 <= start <= size - axis.tile, "a tile leaves the data"
+        for cell in range(start, start + axis.tile):
+            covered[cell] += 1
+    assert min(covered) >= 1
+    assert list(axis.starts) == sorted(set(axis.starts)), "a tile is computed twice"
+    assert all(b - a <= tile - overlap for a, b in zip(axis.starts, axis.starts[1:], strict=False))
+
+
+@pytest.mark.parametrize("scale", [1, 4, 8])
+@pytest.mark.parametrize(("size", "tile", "overlap"), AXES)
+def test_blend_weights_sum_to_one(size: int, tile: int, overlap: int, scale: int) -> None:
+    axis = plan_axis(size, tile, overlap)
+    weights = blend_weights(axis, scale)
+    assert all(bool((w >= 0).all()) and len(w) == axis.tile * scale for w in weights)
+    torch.testing.assert_close(spread(weights, axis, scale), torch.ones(size * scale), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tile", "overlap", "steps"), [(24, 8, 4), (40, 15, 2), (40, 10, 5), (6, 2, 1), (8, 4, 3), (5, 0, 2)])
+def test_on_the_grid_the_weights_are_plain_ramps(tile: int, overlap: int, steps: int) -> None:
+    """At tile + k * stride nothing is divided away: k/V up at the start, 1 - k/V down at the end, as the reference."""
+    axis = plan_axis(tile + steps * (tile - overlap), tile, overlap)
+    assert axis.starts == tuple(i * (tile - overlap) for i in range(steps + 1))
+    up = torch.arange(overlap) / max(overlap, 1)
+    for i, weight in enumerate(blend_weights(axis, 1)):
+        expected = torch.ones(tile)
+        expected[:overlap] *= up if i > 0 else 1
+        expected[tile - overlap :] *= 1 - up if i < steps else 1
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_local_network_is_reproduced_exactly(seed: int) -> None:
+    """A network without context gives the same on a tile as on the whole, so blending must change nothing."""
+    rng = random.Random(seed)
+    shape = tuple(rng.randint(1, 9) for _ in range(3))
+    plan = tuple(plan_axis(n, tile, rng.randint(0, tile - 1)) for n in shape for tile in [rng.randint(1, 5)])
+    source = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(seed))
+
+    def grow(x: Tensor) -> Tensor:  # 2 x 1 x 3 as many samples
+        return x.repeat_interleave(2, dim=2).repeat_interleave(3, dim=4)
+
+    parts = list(stream_tiles(source, plan, grow, source_scale=(1, 1, 1), output_scale=(2, 1, 3),
+                              tiles_per_batch=rng.randint(1, 4), progress=None))
+    torch.testing.assert_close(torch.cat(parts, dim=2), grow(source), rtol=0, atol=1e-6)
+
+
+# The real network, narrow
+
+CONFIG = VAEConfig.from_dict({
+    "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4, "temporal_norm_num_groups": 4,
+})
+SMALL = Tiling(8, 16, 24, 4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def vae() -> VideoVAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VideoVAE(CONFIG)
+        for parameter in model.parameters():  # fresh temporal blocks are the identity; make every part count
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    return model.eval()
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 3), (2, 2, 3), (3, 5, 4), (5, 3, 7)])
+def test_one_tile_is_the_network_itself(vae: VideoVAE, shape: tuple[int, int, int]) -> None:
+    t, h, w = shape
+    latents = noise(1, 4, *shape)
+    large = Tiling(24, 64, 64, 8, 16, 16)
+    with torch.no_grad():
+        expected = vae.decode_tile(per_frame(vae.post_quant_conv, latents))
+        torch.testing.assert_close(vae.decode(latents, tiling=large), expected, rtol=0, atol=1e-6)
+        frames = noise(1, 3, 4 * t, 8 * h, 8 * w)
+        moments = per_frame(vae.quant_conv, vae.encode_tile(frames))
+        torch.testing.assert_close(torch.cat(vae.encode(frames, tiling=large), dim=1), moments, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 4), (3, 2, 3), (5, 5, 5), (7, 3, 8)])
+def test_any_size_is_filled(vae: VideoVAE, shape: tuple[int, int, int]) -> None:
+    """Sizes below, at and off the grid: right shape, finite, and no part left at zero (which would be grey)."""
+    t, h, w = shape
+    frames = vae.decode(noise(1, 4, *shape), tiling=SMALL)
+    assert frames.shape == (1, 3, 4 * t, 8 * h, 8 * w)
+    assert frames.dtype == torch.float32
+    assert bool(frames.isfinite().all())
+    assert bool((frames != 0).any(dim=1).all())
+    mean, logvar = vae.encode(frames, tiling=SMALL)
+    assert mean.shape == logvar.shape == (1, 4, t, h, w)
+    assert bool((mean != 0).all())
+
+
+def test_stream_equals_whole(vae: VideoVAE) -> None:
+    latents = noise(1, 4, 7, 3, 4)
+    parts = list(vae.decode_stream(latents, tiling=SMALL))  # kept until the end: a part must not change afterwards
+    assert len(parts) > 2
+    assert max(p.shape[2] for p in parts) <= SMALL.tile_frames
+    assert torch.equal(torch.cat(parts, dim=2), vae.decode(latents, tiling=SMALL))
+
+
+def test_an_item_does_not_depend_on_its_neighbours(vae: VideoVAE) -> None:
+    latents = noise(3, 4, 3, 3, 4)
+    together = vae.decode(latents, tiling=SMALL)
+    for i in range(3):
+        assert torch.equal(together[i : i + 1], vae.decode(latents[i : i + 1], tiling=SMALL))
+    frames = together.clamp(-1, 1)
+    means, _ = vae.encode(frames, tiling=SMALL)
+    for i in range(3):
+        assert torch.equal(means[i : i + 1], vae.encode(frames[i : i + 1], tiling=SMALL)[0])
+
+
+@pytest.mark.parametrize("tiles_per_batch", [2, 3, 100])
+def test_tiles_per_batch_changes_nothing(vae: VideoVAE, tiles_per_batch: int) -> None:
+    latents = noise(2, 4, 3, 3, 5)
+    several = Tiling(8, 16, 24, 4, 8, 8, tiles_per_batch=tiles_per_batch)
+    torch.testing.assert_close(vae.decode(latents, tiling=several), vae.decode(latents, tiling=SMALL), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_frames", "latent_frames"), [(1, 1), (3, 1), (5, 2), (9, 3)])
+def test_any_frame_count_can_be_encoded(vae: VideoVAE, num_frames: int, latent_frames: int) -> None:
+    """A clip that is no multiple of four frames counts as if its last frame stood still."""
+    frames = noise(1, 3, num_frames, 16, 24)
+    mean, _ = vae.encode(frames, tiling=SMALL)
+    assert mean.shape[2] == latent_frames
+    filled = torch.cat([frames, *[frames[:, :, -1:]] * (4 * latent_frames - num_frames)], dim=2)
+    assert torch.equal(mean, vae.encode(filled, tiling=SMALL)[0])
+
+
+def test_num_frames_cuts_the_end(vae: VideoVAE) -> None:
+    latents = noise(1, 4, 3, 2, 2)
+    whole = vae.decode(latents, tiling=SMALL)
+    for n in (1, 4, 7, 12):
+        assert torch.equal(vae.decode(latents, tiling=SMALL, num_frames=n), whole[:, :, :n])
+
+
+def test_progress_counts_every_tile_and_can_cancel(vae: VideoVAE) -> None:
+    latents, seen = noise(1, 4, 3, 3, 4), []
+    vae.decode(latents, tiling=SMALL, progress=lambda done, total: seen.append((done, total)))
+    total = seen[-1][1]
+    assert seen == [(i, total) for i in range(total + 1)]
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_two(done: int, total: int) -> None:
+        if done == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        vae.decode(latents, tiling=SMALL, progress=stop_at_two)
+
+
+def test_inputs_are_left_alone(vae: VideoVAE) -> None:
+    latents, frames = noise(1, 4, 3, 3, 4), noise(1, 3, 8, 24, 32)
+    before = latents.clone(), frames.clone()
+    vae.decode(latents, tiling=SMALL)
+    vae.encode(frames, tiling=SMALL)
+    assert torch.equal(latents, before[0])
+    assert torch.equal(frames, before[1])
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"tile_frames": 10}, "multiple of 4"), ({"tile_height": 0}, "multiple of 8"), ({"tile_width": 12}, "nearest: 8"),
+    ({"overlap_width": 24}, "less than tile_width=24"), ({"overlap_frames": 3}, "multiple of 4"),
+    ({"overlap_height": -8}, "from 0"), ({"tiles_per_batch": 0}, "at least 1"),
+])
+def test_a_tile_that_cannot_work_is_refused(changed: dict[str, int], message: str) -> None:
+    values = {"tile_frames": 8, "tile_height": 16, "tile_width": 24, "overlap_frames": 4, "overlap_height": 8,
+              "overlap_width": 8}
+    with pytest.raises(GeometryError, match=message):
+        Tiling(**{**values, **changed})
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 12, 16), (1, 3, 4, 16, 0), (1, 4, 4, 16, 16), (3, 4, 16, 16)])
+def test_frames_of_a_wrong_shape_are_refused(vae: VideoVAE, shape: tuple[int, ...]) -> None:
+    with pytest.raises(GeometryError, match=r"multiple of 8|expected"):
+        vae.encode(torch.zeros(shape), tiling=SMALL)
