@@ -1,5 +1,40 @@
 """Checkpoints: finding files, recognising them, building models from them."""
 
-from .files import Checkpoint, Header, read_checkpoint, read_header
+from .build import (
+    Source,
+    bundled_model,
+    check_tensors,
+    load_dit,
+    load_sampling_defaults,
+    load_vae,
+    open_source,
+    read_tensors,
+)
+from .describe import describe
+from .detect import CheckpointInfo, identify
+from .dimensions import dit_config_from_shapes, preset_name, t5_config_from_shapes, vae_config_from_shapes
+from .files import Checkpoint, Header, is_snapshot, map_tensors, read_checkpoint, read_header
 
-__all__ = ["Checkpoint", "Header", "read_checkpoint", "read_header"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointInfo",
+    "Header",
+    "Source",
+    "bundled_model",
+    "check_tensors",
+    "describe",
+    "dit_config_from_shapes",
+    "identify",
+    "is_snapshot",
+    "load_dit",
+    "load_sampling_defaults",
+    "load_vae",
+    "map_tensors",
+    "open_source",
+    "preset_name",
+    "read_checkpoint",
+    "read_header",
+    "read_tensors",
+    "t5_config_from_shapes",
+    "vae_config_from_shapes",
+]

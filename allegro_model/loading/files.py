@@ -172,8 +172,11 @@ def _locate(path: Path, subfolder: str | None) -> tuple[tuple[Path, ...], dict[s
     """(safetensors files in the order of their names, {tensor: file} as an index lists them)."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist. Give a .safetensors file, or the folder of a model.")
+    if path.is_file() and path.name.endswith(INDEX_SUFFIX):
+        return _from_index(path)
     if path.is_file():
-        return _from_index(path) if path.name.endswith(INDEX_SUFFIX) else ((path,), {})
+        part = _SHARD.fullmatch(path.name)  # one file of several stands for all of them
+        return (_all_parts(path.parent, part["stem"], part["total"]) if part else (path,)), {}
     if subfolder is not None and (path / subfolder).is_dir():
         path = path / subfolder
     elif subfolder is not None and is_snapshot(path):
@@ -198,7 +201,7 @@ def _from_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
         return (folder / singles[0],), {}
     if len(groups) == 1 and not singles:
         (stem, total), = groups.items()
-        return _complete(folder, [f"{stem}-{part:05d}-of-{total}.safetensors" for part in range(1, int(total) + 1)]), {}
+        return _all_parts(folder, stem, total), {}
     raise UnsupportedCheckpoint(_explain_folder(folder, names, indexes + singles + list(groups)))
 
 
@@ -228,6 +231,10 @@ def _from_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
                                         "the same folder. Download the safetensors version of the model.")
     files = _complete(path.parent, sorted(set(weight_map.values())))
     return files, {tensor: path.parent / name for tensor, name in weight_map.items()}
+
+
+def _all_parts(folder: Path, stem: str, total: str) -> tuple[Path, ...]:
+    return _complete(folder, [f"{stem}-{part:05d}-of-{total}.safetensors" for part in range(1, int(total) + 1)])
 
 
 def _complete(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
