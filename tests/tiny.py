@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
+
 from allegro_model.config import DIT_88X720P, VAE_720P, DiTConfig, VAEConfig
 from allegro_model.dit import AllegroDiT
 from allegro_model.vae import VideoVAE

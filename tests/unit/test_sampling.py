@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from allegro_model.errors import ScheduleError
 from allegro_model.sampling import (
     SAMPLERS,
