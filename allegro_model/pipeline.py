@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import SamplingConfig
+from .attention import best_attention
+from .config import DiTConfig, SamplingConfig, VAEConfig
 from .dit import AllegroDiT
 from .errors import GeometryError, NonFiniteError, ScheduleError
 from .geometry import (
@@ -169,6 +170,16 @@ class AllegroPipeline:
         return self._vae
 
     @property
+    def dit_config(self) -> DiTConfig:
+        """Shape of the transformer; reads headers only."""
+        return self._load_dit().config
+
+    @property
+    def vae_config(self) -> VAEConfig:
+        """Shape and default tiles of the VAE; reads headers only."""
+        return self._load_vae().config
+
+    @property
     def dit_dtype(self) -> torch.dtype:
         """dtype the transformer runs in."""
         if self.dtype is not None:
@@ -179,7 +190,9 @@ class AllegroPipeline:
     @property
     def dit(self) -> AllegroDiT:
         """The transformer, on the pipeline's device."""
-        return self._load_dit().to(self.device, self.dit_dtype)
+        dit = self._load_dit().to(self.device, self.dit_dtype)
+        dit.attention = best_attention(self.device, self.dit_dtype)
+        return dit
 
     @property
     def vae(self) -> VideoVAE:
@@ -249,15 +262,28 @@ class AllegroPipeline:
                          clip, host, remedy)
         free = free_bytes(self.device)
         if free is not None:
-            shape = latent_shape(settings.width, settings.height, settings.num_frames)
-            needed = estimate_sampling_bytes(self._load_dit().config, shape, batch=1,
-                                             dtype_bytes=self.dit_dtype.itemsize)
-            check_memory("Sampling", needed, free, remedy)
-            check_memory("Decoding", self._decode_bytes(settings.num_frames, settings.height, settings.width), free, f"smaller tiles; {remedy}")
+            check_memory("Sampling", self.sampling_bytes(settings), free, remedy)
+        self.check_tile_memory(settings.num_frames, settings.height, settings.width)
+
+    def check_tile_memory(self, num_frames: int, height: int, width: int) -> None:
+        """Raises before anything is allocated when the VAE cannot run on a clip of this size.
+
+        Raises:
+            NotEnoughMemory: with the estimate, what is free, and what to try.
+        """
+        free = free_bytes(self.device)
+        if free is not None:
+            check_memory("The VAE", self._decode_bytes(num_frames, height, width), free,
+                         "smaller tiles; fewer tiles per batch; closing other programs")
+
+    def sampling_bytes(self, settings: SampleSettings) -> int:
+        """Estimated working memory of one evaluation of the transformer, without its weights."""
+        shape = latent_shape(settings.width, settings.height, settings.num_frames)
+        return estimate_sampling_bytes(self.dit_config, shape, batch=1, dtype_bytes=self.dit_dtype.itemsize)
 
     def _decode_bytes(self, num_frames: int, height: int, width: int) -> int:
         """Activations of one batch of tiles."""
-        config = self._load_vae().config
+        config = self.vae_config
         tiling = self.tiling or Tiling.from_config(config)
         tile = (min(tiling.tile_frames, num_frames), min(tiling.tile_height, height),
                 min(tiling.tile_width, width))
@@ -281,7 +307,7 @@ class AllegroPipeline:
             if tuple(init_latents.shape) != (1, *shape):
                 raise GeometryError(f"init latents of shape {list(init_latents.shape)}: expected {[1, *shape]} for "
                                     f"{settings.num_frames} frames of {settings.width}x{settings.height}.")
-            x = x + normalise(init_latents.float().cpu(), self._load_vae().config.scale_factor)
+            x = x + normalise(init_latents.float().cpu(), self.vae_config.scale_factor)
         elif settings.denoise < 1.0:
             raise ScheduleError(f"denoise={settings.denoise}: below 1 needs frames or latents to start from. "
                                 "Give some, or use denoise 1.")
@@ -326,7 +352,7 @@ class AllegroPipeline:
         """Whether both prompts go through the network at once: when that takes at most half the memory."""
         total = total_bytes(self.device)
         shape = latent_shape(settings.width, settings.height, settings.num_frames)
-        needed = estimate_sampling_bytes(self._load_dit().config, shape, batch=2,
+        needed = estimate_sampling_bytes(self.dit_config, shape, batch=2,
                                          dtype_bytes=self.dit_dtype.itemsize)
         return total is not None and needed * 2 <= total
 
@@ -339,7 +365,7 @@ class AllegroPipeline:
         if not state.finished:
             raise ScheduleError(f"{state.step} of {state.settings.num_steps} steps are done: the latents still hold "
                                 "noise. Resume the run first.")
-        return denormalise(state.latents, self._load_vae().config.scale_factor)
+        return denormalise(state.latents, self.vae_config.scale_factor)
 
     def decode_stream(self, latents: Tensor, *, progress: Progress | None = None) -> Iterator[Tensor]:
         """Decodes raw latents in bounded memory.
