@@ -6,8 +6,10 @@ kernel in its place. The model never asks which kernels are installed.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,3 +36,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dh]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """`Attention` by the flash-attn package; a mask, which it does not take, goes to `sdpa`."""
+    if mask is not None:
+        return sdpa(q, k, v, heads, mask)
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # [B, N, heads, dh]
+    return flash_attn_func(q, k, v).flatten(2)
+
+
+def best_attention(device: torch.device, dtype: torch.dtype) -> Attention:
+    """The fastest kernel installed for a device and dtype: flash-attn on CUDA in half precision, else torch's."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return flash if device.type == "cuda" and half and find_spec("flash_attn") else sdpa
