@@ -13,7 +13,8 @@ PACKAGE = ROOT / "allegro_model"
 BASE = {"errors", "config"}
 SHARED = BASE | {"attention", "ops", "geometry"}
 STAGES = SHARED | {"dit", "vae", "text"}
-PIPELINE = STAGES | {"sampling", "loading", "media"}
+PIPELINE = STAGES | {"sampling", "loading", "media", "memory"}
+COMMANDS = PIPELINE | {"pipeline", "latents"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -26,10 +27,12 @@ ALLOWED = {
     "sampling": STAGES,
     "loading": STAGES,
     "media": SHARED,
+    "memory": BASE,
     "pipeline": PIPELINE,
-    "cli": PIPELINE | {"pipeline"},
-    "training": PIPELINE | {"pipeline"},
-    "__init__": PIPELINE | {"pipeline"},
+    "latents": PIPELINE | {"pipeline"},
+    "cli": COMMANDS,
+    "training": COMMANDS,
+    "__init__": COMMANDS,
     "__main__": {"cli"},
 }
 THIRD_PARTY_AT_IMPORT = {"torch", "numpy", "safetensors"}

@@ -30,7 +30,7 @@ FORBIDDEN_CALLS = {
 }
 NODES_ONLY = {"subprocess", "socket", "urllib.request", "requests", "http.client"}
 # The command line speaks to a person; the training command reports its progress the same way.
-MAY_PRINT = ("allegro_model/cli.py", "allegro_model/training/")
+MAY_PRINT = ("allegro_model/cli/", "allegro_model/training/")
 
 
 def dotted(node: ast.expr) -> str:
