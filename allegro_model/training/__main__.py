@@ -1,0 +1,66 @@
+"""Command line of the training: ``python -m allegro_model.training --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from . import __doc__ as documentation
+from .distributed import Workers, launch
+from .dit_stage import train_dit
+from .evaluate import evaluate_folder
+from .export import export
+from .latents import cache_latents
+from .recipe import RECIPE, Recipe, scaled
+from .tokenizer import save_tokenizer
+from .vae_stage import train_decoder, train_vae
+
+STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "export", "evaluate")
+_TRAINERS = {"vae": train_vae, "latents": cache_latents, "dit": train_dit, "decoder": train_decoder}
+
+
+def run_stage(workers: Workers, stage: str, recipe: Recipe, work: Path) -> None:
+    """Run one training stage in one process (entry point of the worker processes)."""
+    level = logging.INFO if workers.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s")
+    _TRAINERS[stage](workers, recipe, work)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m allegro_model.training", description=documentation,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="model folder to write; DIR/work keeps checkpoints and the latent cache")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes, one thread each (default 2)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all, in this order")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="multiply the length of every stage, for instance 0.01 to try the command (default 1)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the chosen stages; finished ones return at once, interrupted ones continue."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logger = logging.getLogger(__name__)
+    recipe = scaled(RECIPE, options.scale)
+    work = options.out / "work"
+    for stage in STAGES:
+        if stage not in options.stages:
+            continue
+        logger.info("stage %s", stage)
+        if stage == "tokenizer":
+            save_tokenizer(work / "tokenizer")
+        elif stage == "export":
+            logger.info("weights: %.2f MB", export(work, options.out) / 1e6)
+        elif stage == "evaluate":
+            logger.info("scores (right, total): %s", json.dumps(evaluate_folder(options.out), indent=2))
+        else:
+            launch(run_stage, options.processes, stage, recipe, work)
+
+
+if __name__ == "__main__":
+    main()
