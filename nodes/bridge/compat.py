@@ -1,0 +1,134 @@
+"""Differences between ComfyUI versions, 0.3.64 and later. Found by looking, never by comparing version numbers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """True if `function` has a parameter of that name."""
+    return name in inspect.signature(function).parameters
+
+
+# Model patchers
+
+
+def patcher_class(disable_dynamic: bool = False) -> type:
+    """The class of model patchers. Looked up at each call: ComfyUI rebinds the name when it starts."""
+    plain = comfy.model_patcher.ModelPatcher
+    return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """True if weights are to be handed over as they are mapped from the file, not copied."""
+    return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
+
+
+def assign_option(load: Callable[..., Any], patcher: Any) -> dict[str, bool]:
+    """`assign=` for a load function that knows it."""
+    return {"assign": is_dynamic(patcher)} if accepts(load, "assign") else {}
+
+
+def remember_loader(patcher: Any, loader: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Tells newer versions how to load the model again without dynamic memory (compilers and hooks need that)."""
+    patcher.cached_patcher_init = (loader, args)
+
+
+def archive_dtypes(module: nn.Module) -> None:
+    """Newer versions note the dtype of each weight before a patcher is made."""
+    archive = getattr(comfy.model_management, "archive_model_dtypes", None)
+    if archive is not None:
+        archive(module)
+
+
+# Quantised weights
+
+
+def prepare_quantised(weights: Weights, metadata: dict[str, str] | None) -> Weights:
+    """Brings the companions of scaled fp8 weights to the form that the running version reads."""
+    convert = getattr(comfy.utils, "convert_old_quants", None)
+    if convert is None:
+        return weights
+    converted, _ = convert(weights, "", metadata=dict(metadata or {}))
+    return converted
+
+
+def quantisation(weights: Weights) -> dict[str, Any]:
+    """What a model configuration must know about scaled weights; removes the marker of older versions.
+
+    Returns:
+        {} for plain weights, else {"quant_config": ...} or {"scaled_fp8": dtype}.
+    """
+    detect = getattr(comfy.utils, "detect_layer_quantization", None)
+    if detect is not None:
+        found = detect(weights, "")
+        return {} if found is None else {"quant_config": found}
+    marker = weights.pop("scaled_fp8", None)
+    if marker is None:
+        return {}
+    return {"scaled_fp8": torch.float8_e4m3fn if marker.dtype == torch.float32 else marker.dtype}
+
+
+def text_quantisation(weights: Weights) -> dict[str, Any]:
+    """The same for a T5 text encoder, as entries of `model_options`."""
+    if hasattr(comfy.utils, "detect_layer_quantization"):
+        found = comfy.utils.detect_layer_quantization(weights, "")
+        return {} if found is None else {"t5xxl_quantization_metadata": found}
+    marker = weights.get("scaled_fp8")
+    return {} if marker is None else {"t5xxl_scaled_fp8": marker.dtype}
+
+
+# Text encoders
+
+
+def make_clip(target: Any, weights: Weights, *, parameters: int, model_options: dict[str, Any],
+              disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A CLIP with its weights loaded."""
+    kwargs: dict[str, Any] = {"embedding_directory": None, "parameters": parameters, "model_options": model_options,
+                              "tokenizer_data": {}}
+    if accepts(comfy.sd.CLIP.__init__, "disable_dynamic"):
+        kwargs["disable_dynamic"] = disable_dynamic
+    if accepts(comfy.sd.CLIP.__init__, "state_dict"):
+        return comfy.sd.CLIP(target, state_dict=[weights], **kwargs)
+    clip = comfy.sd.CLIP(target, **kwargs)
+    clip.load_sd(weights)
+    return clip
+
+
+# Latents and errors
+
+
+def fix_empty_latent(model: Any, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT with the channels and dimensions of the model, also from other packs' empty ones."""
+    fix = comfy.sample.fix_empty_latent_channels
+    hints = {name: latent[name] for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")
+             if name in latent and accepts(fix, name)}
+    samples = fix(model, latent["samples"], **hints)
+    return samples.unsqueeze(2) if samples.ndim == 4 else samples
+
+
+def intermediate_dtype() -> torch.dtype:
+    """dtype of what nodes hand to each other."""
+    choose = getattr(comfy.model_management, "intermediate_dtype", None)
+    return torch.float32 if choose is None else choose()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for every form in which a device reports that its memory is full."""
+    known = getattr(comfy.model_management, "is_oom", None)
+    if known is not None and known(error):
+        return True
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION | MemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower())

@@ -1,0 +1,118 @@
+"""Which model files there are: the choices of the loader nodes, and what stands behind a choice.
+
+A choice is a file, or the folder of a sharded model, below the folders that ComfyUI knows. At execution the
+list is built again and the choice looked up in it, so that no request can name anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import folder_paths
+
+from ...allegro_model.errors import CheckpointError
+from ...allegro_model.loading import bundled_model, is_snapshot
+
+# Part of a model snapshot -> ComfyUI's key for the folder such files go to.
+FOLDER_KEYS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+# Whole snapshots as they are published, with transformer/, vae/, text_encoder/ and tokenizer/ side by side.
+SNAPSHOTS = "allegro"
+BUNDLED = {"allegro-tiny (bundled)": "tiny"}
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetensors")
+
+
+def register_folders() -> None:
+    """Makes models/allegro known, so that extra_model_paths.yaml can add to it. Creates nothing."""
+    if SNAPSHOTS not in folder_paths.folder_names_and_paths:
+        folder_paths.add_model_folder_path(SNAPSHOTS, os.path.join(folder_paths.models_dir, SNAPSHOTS))
+
+
+def choices(part: str) -> list[str]:
+    """What the dropdown for a part of the model shows.
+
+    Args:
+        part: "transformer", "text_encoder" or "vae".
+    """
+    return list(_listing(part))
+
+
+def resolve(part: str, choice: str) -> str:
+    """The file or folder behind a choice.
+
+    Args:
+        part: as in `choices`.
+        choice: one of them.
+    Raises:
+        CheckpointError: it is not in the list (any more).
+    """
+    path = _listing(part).get(choice)
+    if path is None:
+        raise CheckpointError(f"{choice!r} is not among the models that ComfyUI lists. Put the file into "
+                              f"models/{FOLDER_KEYS[part]} (or a whole model folder into models/{SNAPSHOTS}), press R "
+                              "in the browser to refresh the list, and choose it again.")
+    return path
+
+
+def snapshot_root(path: str) -> Path | None:
+    """The folder of the whole model that a transformer, text encoder or VAE belongs to, if it lies in one."""
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    return folder.parent if folder.name in FOLDER_KEYS and is_snapshot(folder.parent) else None
+
+
+def _listing(part: str) -> dict[str, str]:
+    """{choice: path}, the bundled model first, since it always works."""
+    found = _bundled(part)
+    key = FOLDER_KEYS[part]
+    for name in folder_paths.get_filename_list(key):
+        label = _label(name)
+        if label is None or label in found:
+            continue
+        path = folder_paths.get_full_path(key, name)
+        if path is not None:
+            # One file of several stands for all of them; the folder is what people know it by.
+            found[label] = path if label == name else (os.path.dirname(path) if "/" in label else path)
+    for label, path in _snapshots(part).items():
+        found.setdefault(label, path)
+    return found
+
+
+def _label(name: str) -> str | None:
+    """The choice for a listed file; None if it is none."""
+    name = name.replace(os.sep, "/")
+    if not name.endswith(".safetensors"):
+        return None
+    shard = _SHARD.fullmatch(name)
+    if shard is None:
+        return name
+    if int(shard["part"]) != 1:
+        return None
+    folder = shard["stem"].rpartition("/")[0]
+    return folder or f"{shard['stem']} ({int(shard['total'])} files)"
+
+
+def _bundled(part: str) -> dict[str, str]:
+    found = {}
+    for label, name in BUNDLED.items():
+        try:
+            folder = bundled_model(name) / part
+        except CheckpointError:  # a copy of the project without its assets
+            continue
+        if folder.is_dir():
+            found[label] = str(folder)
+    return found
+
+
+def _snapshots(part: str) -> dict[str, str]:
+    found = {}
+    for base in folder_paths.get_folder_paths(SNAPSHOTS):
+        root = Path(base)
+        if not root.is_dir():
+            continue
+        for folder in sorted(entry for entry in root.iterdir() if is_snapshot(entry)):
+            if (folder / part).is_dir():
+                found.setdefault(f"{folder.name}/{part}", str(folder / part))
+    return found

@@ -1,0 +1,51 @@
+"""Progress, cancelling and the report of time and memory, for every loop of ours."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+logger = logging.getLogger(__name__)
+GIB = 1024**3
+
+
+def check_cancelled() -> None:
+    """Raises ComfyUI's own exception once the user has pressed cancel."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def tile_progress() -> Callable[[int, int], None]:
+    """A progress callback (done, total) that moves the node's bar and cancels."""
+    bar: comfy.utils.ProgressBar | None = None
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        check_cancelled()
+        if bar is None:
+            bar = comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    return report
+
+
+@contextmanager
+def stage(name: str, device: torch.device) -> Iterator[None]:
+    """Logs seconds, and on accelerators the peak memory, of a stage that finished."""
+    backend = getattr(torch, device.type, None)
+    measures = backend is not None and hasattr(backend, "max_memory_reserved")
+    if measures:
+        backend.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    if measures:
+        logger.info("Allegro %s: %.1f s, peak %.2f GiB allocated, %.2f GiB reserved", name, seconds,
+                    backend.max_memory_allocated(device) / GIB, backend.max_memory_reserved(device) / GIB)
+    else:
+        logger.info("Allegro %s: %.1f s", name, seconds)

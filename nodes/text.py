@@ -1,0 +1,71 @@
+"""The text node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..allegro_model.errors import TextError
+from ..allegro_model.text import format_negative, format_prompt
+from ..allegro_model.text.cleaning import check_length
+from .bridge.text import encode, wants_template
+from .schema import io, schema
+
+ROLES = ("positive", "negative", "raw")
+
+
+class T5Encode(io.ComfyNode):
+    """Prompt to conditioning, prepared as the reference does."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="AllegroT5Encode",
+            display_name="T5 Encode (Allegro)",
+            category="conditioning",
+            description=("Encodes a prompt the way Allegro was run: cleaned, in the official quality template for the "
+                         "positive role, at most 512 tokens. Takes the CLIP of Load Allegro T5, or of another loader for "
+                         "T5 v1.1 XXL (a GGUF loader, or ComfyUI's own with type mochi)."),
+            search_aliases=["prompt", "allegro text encode"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The T5 text encoder."),
+                io.String.Input("text", multiline=True, dynamic_prompts=True, default="", tooltip=(
+                    "What the clip shows, in English; for the negative role what it should not show. At most 512 tokens, "
+                    "about 350 words, are read.")),
+                io.Combo.Input("role", options=list(ROLES), default="positive", tooltip=(
+                    "positive: surrounded by the official quality template, if the model was made for it (the released "
+                    "ones were, the bundled one was not). negative: without the template. raw: exactly as written, not "
+                    "even lower-cased or cleaned.")),
+                io.Boolean.Input("clean_caption", default=True, tooltip=(
+                    "Clean the text as the reference does. Turn it off if it damages your prompt: it deletes things like "
+                    "r2d2, 1920x1080 and web addresses. Without effect in the raw role.")),
+                io.Boolean.Input("prompt_weighting", default=False, tooltip=(
+                    "Read (word:1.3) as a weight, ComfyUI's way. The reference has no weights; off, parentheses are "
+                    "ordinary characters. Cleaning removes parentheses: use it with clean_caption off.")),
+            ],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip=(
+                "The encoded prompt with its mask, for the positive or negative input of a sampler."))],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text: str | None = None, role: str | None = None) -> bool | str:
+        """Before anything is loaded. An input that is linked is None here and checked in `execute`."""
+        try:
+            _check(text or "", role or ROLES[0])
+        except TextError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, clip: Any, text: str, role: str, clean_caption: bool, prompt_weighting: bool) -> io.NodeOutput:
+        _check(text, role)
+        if role == "positive":
+            text = format_prompt(text, template=wants_template(clip), clean=clean_caption)
+        elif role == "negative":
+            text = format_negative(text, clean=clean_caption)
+        return io.NodeOutput(encode(clip, text, weighting=prompt_weighting))
+
+
+def _check(text: str, role: str) -> None:
+    if role not in ROLES:
+        raise TextError(f"role={role!r}: must be one of {', '.join(ROLES)}.")
+    check_length(text)

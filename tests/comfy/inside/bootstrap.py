@@ -1,0 +1,109 @@
+"""Starts ComfyUI's modules without its server, loads this extension, and runs checks; prints nothing.
+
+    python bootstrap.py COMFYUI BASE_DIRECTORY RESULT.json CHECKS.py
+
+Each `check_*` function of CHECKS.py is called with a `Host`. RESULT.json: {name: null or the traceback}.
+"""
+
+import asyncio
+import importlib
+import importlib.util
+import json
+import logging
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACK = Path(__file__).resolve().parents[3]
+
+
+class Host:
+    """A loaded ComfyUI with this extension in it."""
+
+    def __init__(self, comfyui: Path, base: Path) -> None:
+        sys.argv = ["main.py", "--cpu", "--base-directory", str(base)]
+        sys.path.insert(0, str(comfyui))
+        options = importlib.import_module("comfy.options")
+        options.enable_args_parsing()
+        self.folder_paths = importlib.import_module("folder_paths")
+        self.base = base
+        self.log: list[str] = []
+        root = logging.getLogger()
+        root.addHandler(_Collect(self.log))
+        root.setLevel(logging.INFO)
+        importlib.import_module("utils.extra_config")  # first, as main.py does: nodes.py puts another `utils` in front
+        importlib.import_module("server")
+        self.core = importlib.import_module("nodes")
+        start = time.perf_counter()
+        self.pack = self._load_pack()
+        self.import_seconds = time.perf_counter() - start
+        extension = asyncio.run(self.pack.comfy_entrypoint())
+        self.nodes = {node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}
+
+    def _load_pack(self) -> ModuleType:
+        name = "custom_nodes_allegro"
+        spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    def module(self, name: str) -> ModuleType:
+        """A module of the pack, e.g. "nodes.bridge.model"."""
+        return importlib.import_module(f"{self.pack.__name__}.{name}")
+
+    def run(self, node_id: str, **inputs: Any) -> Any:
+        """Executes one of our nodes; the result of its first output."""
+        return self.nodes[node_id].execute(**inputs).args[0]
+
+    def extra(self, module: str, class_name: str) -> Any:
+        """A node class of ComfyUI outside its nodes.py."""
+        return getattr(importlib.import_module(f"comfy_extras.{module}"), class_name)
+
+
+def call(node: Any, **inputs: Any) -> Any:
+    """Executes a node of ComfyUI, of the old or the new kind; the first output."""
+    if hasattr(node, "define_schema"):
+        return node.execute(**inputs).args[0]
+    return getattr(node(), node.FUNCTION)(**inputs)[0]
+
+
+class _Collect(logging.Handler):
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+def main(comfyui: str, base: str, result: str, checks: str) -> None:
+    spec = importlib.util.spec_from_file_location("checks", checks)
+    module = importlib.util.module_from_spec(spec)
+    names = [line.split("(")[0][4:] for line in Path(checks).read_text().splitlines() if line.startswith("def check_")]
+    found: dict[str, str | None] = {}
+    try:
+        host = Host(Path(comfyui), Path(base))
+        sys.modules["bootstrap"] = sys.modules["__main__"]
+        spec.loader.exec_module(module)
+    except BaseException:
+        found = dict.fromkeys(names, traceback.format_exc())
+        Path(result).write_text(json.dumps(found))
+        return
+    for name in names:
+        start = time.perf_counter()
+        host.log.clear()
+        try:
+            getattr(module, name)(host)
+            found[name] = None
+        except BaseException:
+            found[name] = traceback.format_exc() + "\n".join(["", "log:", *host.log[-20:]])
+        found[f"seconds {name}"] = f"{time.perf_counter() - start:.2f}"
+        Path(result).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5])
