@@ -1,0 +1,124 @@
+"""The command line: `allegro`, or `python -m allegro_model`.
+
+Commands only check their input, call the pipeline, and tell the user what happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from ..errors import AllegroError
+from .console import Console
+from .convert import decode, encode
+from .generate import generate
+from .inspect import inspect
+from .job import Job
+from .parser import build_parser
+from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code
+
+__all__ = ["main"]
+
+_PACKAGE = __name__.split(".")[0]
+_COMMANDS: dict[str, Callable[[Job], None]] = {
+    "generate": generate, "decode": decode, "encode": encode, "inspect": inspect,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; default those of the process.
+    Returns:
+        the exit code; see `allegro --help`.
+    """
+    args = build_parser().parse_args(argv)
+    console = Console(quiet=args.quiet)
+    job = Job(args, console, Report(args.command))
+    error: BaseException | None = None
+    with _own_logging(console, verbose=args.verbose), _terminate_like_ctrl_c():
+        try:
+            _COMMANDS[args.command](job)
+        # The last line of defence: whatever went wrong becomes a message and an exit code.
+        except BaseException as caught:
+            if isinstance(caught, SystemExit | GeneratorExit):
+                raise
+            error = caught
+        return _finish(job, error)
+
+
+def _finish(job: Job, error: BaseException | None) -> int:
+    """Tells the user how it went and writes the report."""
+    code = EXIT_OK if error is None else exit_code(error)
+    if error is not None:
+        _explain(job, error, code)
+    if job.args.json is not None:
+        try:
+            job.report.write(job.args.json, code, error, force=job.force)
+        except AllegroError as failure:
+            job.console.error(f"Error: {failure}")
+            return code or exit_code(failure)
+    return code
+
+
+def _explain(job: Job, error: BaseException, code: int) -> None:
+    """Error messages in plain words; a traceback only for what nobody foresaw, or when asked for."""
+    if job.args.verbose or code == EXIT_BUG:
+        job.console.error("".join(traceback.format_exception(error)).rstrip())
+    if code == EXIT_CANCELLED:
+        job.console.error(f"Cancelled during: {job.report.stage}.")
+    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+        job.console.error(f"Error: memory ran out during: {job.report.stage}. Try, in this order: a smaller --tile; fewer "
+                          "--frames; a smaller --width and --height; closing other programs.")
+    elif isinstance(error, AllegroError):
+        job.console.error(f"Error: {error}")
+    else:
+        job.console.error(f"Error: something unexpected happened during: {job.report.stage}. The lines above say where; "
+                          "please report them.")
+    for remark in job.remarks:
+        job.console.error(remark)
+
+
+@contextmanager
+def _own_logging(console: Console, *, verbose: bool) -> Iterator[None]:
+    """Shows this package's log messages on the console: warnings, or everything with --verbose."""
+    logger = logging.getLogger(_PACKAGE)
+    handler = logging.StreamHandler(console.stream)
+    handler.setLevel(logging.DEBUG if verbose else logging.ERROR if console.quiet else logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+@contextmanager
+def _terminate_like_ctrl_c() -> Iterator[None]:
+    """Makes a polite request to end (SIGTERM) clean up as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+

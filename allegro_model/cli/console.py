@@ -1,0 +1,150 @@
+"""What the command line says while it works: lines and progress on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_BAR_WIDTH = 24
+_REDRAW_SECONDS = 0.1  # a terminal needs no more
+_LINE_SECONDS = 10.0  # between lines in a log file
+
+
+class Console:
+    """Speaks to the person, or the log file, behind standard error.
+
+    Args:
+        stream: where progress and remarks go; default standard error.
+        quiet: say nothing but errors.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self.stream = stream if stream is not None else sys.stderr
+        self.quiet = quiet
+        self.live = not quiet and self.stream.isatty()
+
+    def say(self, text: str) -> None:
+        """One remark."""
+        if not self.quiet:
+            self.error(text)
+
+    def error(self, text: str) -> None:
+        """One line that is shown even when quiet."""
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def result(self, text: str) -> None:
+        """What the command was run for, on standard output."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    @contextmanager
+    def progress(self, title: str, unit: str = "") -> Iterator[Progress]:
+        """A bar for one stage; it is closed, with the time it took, when the block ends.
+
+        Args:
+            title: what is being done, e.g. "Sampling".
+            unit: what is counted, e.g. "step"; empty when nothing is.
+        """
+        bar = Progress(self, title, unit)
+        try:
+            yield bar
+        except BaseException:
+            bar.close(finished=False)
+            raise
+        bar.close(finished=True)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line at the start, an estimate after two units, a line every ten seconds, and
+    one at the end."""
+
+    def __init__(self, console: Console, title: str, unit: str) -> None:
+        self.console = console
+        self.title = title
+        self.unit = unit
+        self.done = 0
+        self.total = 0
+        self.first = 0  # what was done before this run: a resumed run starts in the middle
+        self.started = time.monotonic()
+        self.counted_from = self.started
+        self.shown = self.started
+        if console.live:
+            self._draw()
+        else:
+            console.say(f"{title} ...")
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` units are finished; the signature of every progress callback in this package."""
+        now = time.monotonic()
+        if not self.total:
+            # The first unit is not timed: it pays for warming up.
+            self.first, self.counted_from = done, now
+        self.done, self.total = done, total
+        if self.console.live:
+            if done == total or now - self.shown >= _REDRAW_SECONDS:
+                self.shown = now
+                self._draw()
+        elif done < total and (now - self.shown >= _LINE_SECONDS or self._worth_an_estimate(now)):
+            self.shown = now
+            self.console.say(f"{self.title}: {self._count()}{self._remaining()}")
+
+    def _worth_an_estimate(self, now: float) -> bool:
+        """After the second timed unit, if the rest takes longer than the next line would."""
+        finished = self.done - self.first
+        return finished == 2 and (now - self.counted_from) / 2 * (self.total - self.done) > _LINE_SECONDS
+
+    def close(self, *, finished: bool) -> None:
+        """Ends the bar and says how long it took."""
+        if self.console.live:
+            self.console.stream.write("\r\x1b[K")
+        spent = duration(time.monotonic() - self.started)
+        reached = f", at {self._count()}" if self.total else ""
+        self.console.say(f"{self.title}: done in {spent}" if finished else
+                         f"{self.title}: stopped after {spent}{reached}")
+
+    def _count(self) -> str:
+        return f"{self.unit} {self.done} of {self.total}".strip()
+
+    def _remaining(self) -> str:
+        finished = self.done - self.first
+        if finished <= 0:
+            return ""
+        each = (time.monotonic() - self.counted_from) / finished
+        return f", {duration(each)} each, {duration(each * (self.total - self.done))} left"
+
+    def _draw(self) -> None:
+        if not self.total:
+            text = f"{self.title} ..."
+        else:
+            filled = _BAR_WIDTH * self.done // self.total
+            text = (f"{self.title} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._count()}"
+                    f"{self._remaining()}")
+        width = shutil.get_terminal_size().columns - 1
+        self.console.stream.write("\r\x1b[K" + text[:width])
+        self.console.stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """A time span as people write it: 0.3 s, 42 s, 5:07, 1:02:03."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes in the largest fitting unit: 17 B, 1.5 MiB, 5.2 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

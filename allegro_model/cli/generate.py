@@ -1,0 +1,118 @@
+"""`allegro generate`: prompt -> clip, in stages that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from torch import Tensor
+
+from ..latents import pack_latents, pack_state
+from ..pipeline import PromptEmbeds, SampleState
+from ..sampling import StepInfo
+from .console import size
+from .job import Job, keep_latents, model_name, remember_latents, write_bytes, write_clip
+from .plan import Plan, make_plan
+
+
+def generate(job: Job) -> None:
+    """Runs the command.
+
+    Raises:
+        AllegroError: see the exit codes.
+    """
+    plan = make_plan(job)
+    job.report.facts["settings"] = plan.metadata
+    prompts = _encode_prompt(job, plan)
+    state = _sample(job, plan, prompts, _first_state(job, plan))
+    if not state.finished:
+        _save_unfinished(job, plan, state)
+        return
+    latents = plan.pipeline.raw_latents(state)
+    try:
+        if plan.latents is not None:
+            write_bytes(plan.latents, pack_latents(latents, plan.metadata), force=job.force)
+            job.report.facts["latents"] = str(plan.latents)
+        assert plan.output is not None
+        write_clip(job, plan.pipeline, latents, plan.output, fps=plan.fps, metadata=plan.metadata)
+    except BaseException:  # whatever it is, hours of sampling must not be lost
+        _rescue(job, plan, latents)
+        raise
+    job.console.say(_summary(job))
+
+
+# The stages
+
+
+def _encode_prompt(job: Job, plan: Plan) -> PromptEmbeds:
+    text = plan.text
+    with job.report.measure("reading the prompt", plan.pipeline.device), job.console.progress("Reading the prompt"):
+        return plan.pipeline.encode_prompt(text.prompt, text.negative, template=text.template,
+                                           clean=text.clean, guidance_scale=plan.settings.guidance_scale)
+
+
+def _first_state(job: Job, plan: Plan) -> SampleState:
+    """The resumed run, or a new one from noise, frames or latents."""
+    if plan.state is not None:
+        return plan.state
+    latents = plan.start
+    if latents is not None and latents.ndim == 4:
+        with (job.report.measure("encoding the video", plan.pipeline.device),
+              job.console.progress("Encoding the video", "tile") as bar):
+            latents = plan.pipeline.encode(latents[None], progress=bar.update)
+    return plan.pipeline.start(plan.settings, latents)
+
+
+def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> SampleState:
+    """Runs the steps; a run that is stopped is saved where the user wanted its latents."""
+    s, pipeline = plan.settings, plan.pipeline
+    job.console.say(
+        f"{model_name(job)}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of {s.sampler}, cfg "
+        f"{s.guidance_scale:g}, seed {s.seed}; {str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, "
+        f"PyTorch attention, no step cache, about {size(pipeline.sampling_bytes(s))} of working memory")
+    last: StepInfo | None = None
+    try:
+        with (job.report.measure("sampling", pipeline.device),
+              job.console.progress("Sampling", "step") as bar):
+
+            def after_step(info: StepInfo) -> None:
+                nonlocal last
+                last = info
+                bar.update(info.step, info.num_steps)
+
+            return pipeline.sample(prompts, state, stop=plan.stop, callback=after_step)
+    except BaseException:
+        if last is not None and plan.latents is not None:
+            _save_unfinished(job, plan, SampleState(last.latents.cpu(), last.step, s, last.denoised.cpu()))
+        raise
+
+
+def _save_unfinished(job: Job, plan: Plan, state: SampleState) -> None:
+    """Saves a run that is to be resumed."""
+    assert plan.latents is not None
+    write_bytes(plan.latents, pack_state(state, plan.metadata), force=job.force)
+    job.report.facts["latents"] = str(plan.latents)
+    job.report.facts["step"] = state.step
+    model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
+    output = shlex.quote(str(plan.output or "clip.mp4"))
+    job.console.say(f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro generate --resume "
+                    f"{shlex.quote(str(plan.latents))} -o {output}{model}")
+    job.say_result(str(plan.latents))
+
+
+def _rescue(job: Job, plan: Plan, latents: Tensor) -> None:
+    """Keeps finished latents, unless they already lie where the user wanted them."""
+    assert plan.output is not None
+    if "latents" in job.report.facts:
+        remember_latents(job, Path(job.report.facts["latents"]), plan.output)
+    else:
+        keep_latents(job, latents, plan.output, plan.metadata)
+
+
+def _summary(job: Job) -> str:
+    """One line: time and peak memory."""
+    stages = job.report.stages
+    peaks = [max((s[key] or 0 for s in stages), default=0) for key in ("peak_ram_bytes", "peak_gpu_bytes")]
+    memory = " and ".join(f"{size(peak)} of {where} memory" for peak, where in zip(peaks, ("main", "GPU"), strict=True) if peak)
+    times = ", ".join(f"{s['name']} {s['seconds']:.1f} s" for s in stages)
+    return f"{times}; at most {memory}" if memory else times

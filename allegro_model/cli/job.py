@@ -1,0 +1,227 @@
+"""What all commands share: checks before the work starts, opening the model, writing clips and latents."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..errors import AllegroError, CheckpointError, OutputError
+from ..latents import pack_latents
+from ..media import atomic_file, check_clip_output, check_free_space, check_output, open_writer
+from ..media.atomic import writing
+from ..media.writers import parse_quality
+from ..pipeline import AllegroPipeline
+from ..vae import Tiling
+from .console import Console
+from .report import Report, UsageError
+
+LATENTS_SUFFIX = ".safetensors"
+BUNDLED = "tiny"
+
+
+@dataclass
+class Job:
+    """One run of the command line.
+
+    Attributes:
+        args: the parsed arguments.
+        console: speaks to the user.
+        report: what --json writes.
+        remarks: lines to show after an error, e.g. where the latents were kept.
+    """
+
+    args: argparse.Namespace
+    console: Console
+    report: Report
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def force(self) -> bool:
+        """Whether existing files may be replaced."""
+        return bool(getattr(self.args, "force", False))
+
+    def say_result(self, text: str) -> None:
+        """The result on standard output, unless the report goes there."""
+        if self.args.json != "-" and not self.args.quiet:
+            self.console.result(text)
+
+
+# Before the work
+
+
+def check_report_output(job: Job) -> None:
+    """Raises when the --json file could not be written at the end."""
+    if job.args.json not in (None, "-"):
+        check_output(job.args.json, force=job.force)
+
+
+def check_latents_output(job: Job, path: str) -> Path:
+    """Raises unless latents could be written to `path`.
+
+    Raises:
+        OutputError: another extension; or see `check_output`.
+    """
+    if Path(path).suffix.lower() != LATENTS_SUFFIX:
+        raise OutputError(f"Cannot write {path}: latents are kept in {LATENTS_SUFFIX} files. Choose such a name.")
+    return check_output(path, force=job.force)
+
+
+def check_clip(job: Job) -> Path:
+    """Raises unless a clip could be written to --output.
+
+    Raises:
+        UsageError: there is no --output.
+        OutputError, MissingDependency: see `check_clip_output`.
+    """
+    if job.args.output is None:
+        raise UsageError("Say where the video goes: --output clip.mp4.")
+    path = check_clip_output(job.args.output, force=job.force)
+    parse_quality(job.args.quality, path.suffix.lower())
+    return path
+
+
+def check_clip_space(path: Path, width: int, height: int, num_frames: int) -> None:
+    """Raises when the disk has no room for a clip of this size and its latents.
+
+    Raises:
+        OutputError: names what is needed and what is left.
+    """
+    # A generous guess at compressed bytes per pixel, plus float32 latents: 4 x 4 bytes for 256 pixels.
+    per_pixel = 1.5 if path.suffix.lower() == ".png" else 0.3
+    check_free_space(path, int(width * height * num_frames * (per_pixel + 16 / 256)))
+
+
+def check_device(name: str) -> None:
+    """Raises unless PyTorch can use the device.
+
+    Raises:
+        AllegroError: names devices that work.
+    """
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        usable = device.type != "meta"
+    except (RuntimeError, AssertionError):  # an unknown name; a build without it, or no such hardware
+        usable = False
+    if not usable:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        choices = f"auto, cpu or {found.type}" if found else "auto or cpu"
+        raise AllegroError(f"--device {name}: PyTorch {torch.__version__} cannot use it here. Use {choices}, or install a "
+                           "PyTorch built for it.")
+
+
+def open_model(job: Job) -> AllegroPipeline:
+    """Opens --model; reads no weights.
+
+    Raises:
+        CheckpointError: there is no such model folder.
+        AllegroError: the device cannot be used, or the tile settings are illegal.
+    """
+    args = job.args
+    check_device(args.device)
+    model = args.model or BUNDLED
+    if model != BUNDLED and not Path(model).is_dir():
+        raise CheckpointError(f"--model {model}: there is no such folder. Give a model folder, with transformer/, vae/, "
+                              f'text_encoder/ and tokenizer/ in it, or "{BUNDLED}".')
+    pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=getattr(args, "dtype", "auto"))
+    pipeline.tiling = _tiling(args, pipeline)
+    job.report.facts["model"] = model_name(job)
+    job.report.facts["device"] = str(pipeline.device)
+    return pipeline
+
+
+def model_name(job: Job) -> str:
+    """Name of the model, to be kept in files: the folder's own name, since its path is nobody else's business."""
+    return BUNDLED if job.args.model in (None, BUNDLED) else Path(job.args.model).resolve().name
+
+
+def _tiling(args: argparse.Namespace, pipeline: AllegroPipeline) -> Tiling | None:
+    """--tile, --overlap and --tiles-per-batch; None when none is given, which means the model's own."""
+    if args.tile is None and args.overlap is None and args.tiles_per_batch == 1:
+        return None
+    own = Tiling.from_config(pipeline.vae_config)
+    tile = args.tile or (own.tile_frames, own.tile_height, own.tile_width)
+    overlap = args.overlap or (own.overlap_frames, own.overlap_height, own.overlap_width)
+    return Tiling(tile[0], tile[1], tile[2], overlap[0], overlap[1], overlap[2], args.tiles_per_batch)
+
+
+def base_metadata() -> dict[str, Any]:
+    """What every file we write says about its origin."""
+    return {"version": __version__}
+
+
+# The results
+
+
+def write_bytes(path: Path, data: bytes, *, force: bool) -> None:
+    """Writes a file, completely or not at all.
+
+    Raises:
+        OutputError: see `atomic_file`.
+    """
+    with atomic_file(path, force=force) as temporary, writing(path):
+        temporary.write_bytes(data)
+
+
+def write_clip(job: Job, pipeline: AllegroPipeline, latents: Tensor, path: Path, *, fps: float,
+               metadata: Mapping[str, Any]) -> None:
+    """Decodes raw latents [1, 4, t, h, w] straight into a clip.
+
+    Raises:
+        OutputError: the clip cannot be written.
+        NonFiniteError: NaN or Inf in the frames.
+    """
+    height, width = (8 * int(cells) for cells in latents.shape[3:])
+    with (job.report.measure("decoding", pipeline.device), job.console.progress("Decoding", "tile") as bar,
+          open_writer(path, width, height, fps=fps, metadata=metadata, quality=job.args.quality,
+                      force=job.force) as writer):
+        for frames in pipeline.decode_stream(latents, progress=bar.update):
+            writer.write(frames[0])
+    job.report.facts["output"] = [str(file) for file in writer.files]
+    job.report.facts["frames"] = writer.num_frames
+    shown = f"{writer.files[0]} ... {writer.files[-1].name}" if len(writer.files) > 1 else str(writer.files[0])
+    job.say_result(shown)
+
+
+def keep_latents(job: Job, latents: Tensor, output: Path, metadata: Mapping[str, Any]) -> None:
+    """Saves finished latents that could not be decoded: beside the output, or, if its disk refuses, elsewhere.
+
+    Never raises an OutputError: the error that led here is the one to show.
+    """
+    data = pack_latents(latents, dict(metadata))
+    name = f"{output.stem}.latents{LATENTS_SUFFIX}"
+    for folder in (output.parent, Path(tempfile.gettempdir())):
+        path = _free_name(folder / name)
+        try:
+            write_bytes(path, data, force=False)
+        except OutputError as error:
+            job.remarks.append(f"The latents could not be kept: {error}")
+        else:
+            remember_latents(job, path, output)
+            return
+
+
+def remember_latents(job: Job, path: Path, output: Path) -> None:
+    """Tells the user how to go on with saved latents."""
+    model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
+    job.report.facts["latents"] = str(path)
+    job.remarks.append(f"The finished latents are in {path}. Decode them with: allegro decode {shlex.quote(str(path))} "
+                       f"-o {shlex.quote(str(output))}{model}")
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of `name-1`, `name-2`, ... that is free."""
+    candidates = (path if n == 0 else path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count())
+    return next(candidate for candidate in candidates if not candidate.exists())

@@ -1,0 +1,196 @@
+"""The options of every sub-command."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NoReturn
+
+from .. import __version__
+from ..media import FORMATS, QUALITIES
+from ..pipeline import DTYPES
+from ..sampling import SAMPLERS
+from .report import EXIT_USAGE, exit_code_table
+
+_MAIN = f"""\
+Text to video with Allegro.
+
+examples:
+  allegro generate "a red circle moves to the right on a blue background" -o clip.mp4
+  allegro generate "the sun sets over the sea" -o sea.mp4 --model models/Allegro --seed 7
+  allegro inspect clip.mp4
+
+Each command explains itself: allegro generate --help
+
+exit codes:
+{exit_code_table()}
+"""
+_GENERATE = """\
+Make a video from a prompt. The file appears when it is complete; an existing one is never overwritten without
+--force. Whatever is not given is what the model was made for.
+
+examples:
+  allegro generate "a green square moves down on a white background" -o clip.mp4
+  allegro generate "waves at night" -o waves.webm --model models/Allegro --steps 50 --save-latents waves.safetensors
+  allegro generate "the same street in snow" -o snow.mp4 --init-video street.mp4 --denoise 0.7
+
+A long run in two halves, equal to one run:
+  allegro generate "a lighthouse" --steps 100 --stop-at-step 50 --save-latents half.safetensors
+  allegro generate --resume half.safetensors -o lighthouse.mp4
+
+Ctrl-C stops within seconds. Finished latents are kept: when decoding fails or is stopped they are saved beside the
+output as NAME.latents.safetensors, and `allegro decode` goes on from there. With --save-latents, a run stopped
+while sampling is saved too, for --resume.
+"""
+_DECODE = """\
+Turn latents into a video. Frame rate and settings come from the file if they are in it.
+
+examples:
+  allegro decode waves.safetensors -o waves.mp4 --model models/Allegro
+  allegro decode waves.safetensors -o waves.png --tile 24x256x256 --overlap 8x64x64
+"""
+_ENCODE = """\
+Turn a video into latents, which `generate --init-video`, `decode` and ComfyUI's LoadLatent read. A video of
+another shape is scaled and cropped to its centre.
+
+examples:
+  allegro encode street.mp4 -o street.safetensors
+  allegro encode street.mp4 -o street.safetensors --width 640 --height 368 --frames 40
+"""
+_INSPECT = """\
+Say what a file is, without loading it: weights (family, variant, type, size), a model folder, latents, or a clip and
+the settings it was made with.
+
+examples:
+  allegro inspect models/Allegro
+  allegro inspect transformer/diffusion_pytorch_model.safetensors
+  allegro inspect clip.mp4 --json
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors point to the help of the right sub-command, and exit with the documented code."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\nTry: {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `allegro`."""
+    parser = _Parser(prog="allegro", description=_MAIN, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"allegro {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_decode(commands)
+    _add_encode(commands)
+    inspect = _command(commands, "inspect", "say what a file is", _INSPECT)
+    inspect.add_argument("path", metavar="PATH", help="a file or a model folder")
+    _add_report(inspect)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, text: str) -> _Parser:
+    return commands.add_parser(name, help=summary, description=text, allow_abbrev=False,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(commands, "generate", "make a video from a prompt", _GENERATE)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
+    _add_clip(parser)
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--negative", metavar="TEXT", help="what to steer away from; empty for nothing")
+    group.add_argument("--template", action=argparse.BooleanOptionalAction,
+                       help="wrap the prompt in the official quality words")
+    group.add_argument("--no-clean", dest="clean", action="store_false",
+                       help='keep the prompt as it is: the official cleaning deletes words such as "r2d2"')
+    group.add_argument("--seed", type=int, help="0 or above; the same seed gives the same video (default 42)")
+    group.add_argument("--init-video", metavar="FILE", help="start from a video, or from latents made by encode")
+    group.add_argument("--denoise", type=float, metavar="X",
+                       help="share of --init-video that is drawn anew, above 0 to 1 (default 0.6)")
+    group = parser.add_argument_group("size and quality; default: what the model was made for")
+    group.add_argument("--frames", type=int, metavar="N", help="a multiple of 4")
+    group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
+    group.add_argument("--height", type=int, metavar="N", help="pixels, a multiple of 16")
+    group.add_argument("--steps", type=int, metavar="N",
+                       help="denoising steps; more is slower and cleaner, below 50 the released models are noisy")
+    group.add_argument("--cfg", type=float, metavar="X",
+                       help="how closely to follow the prompt; 1 is off and twice as fast")
+    group.add_argument("--sampler", choices=list(SAMPLERS), help="the reference's is euler_ancestral")
+    group = parser.add_argument_group("long runs")
+    group.add_argument("--save-latents", metavar="FILE", help="save the latents before decoding (.safetensors)")
+    group.add_argument("--stop-at-step", type=int, metavar="K",
+                       help="stop after step K and save the run to --save-latents")
+    group.add_argument("--resume", metavar="FILE", help="go on with a saved run; takes no PROMPT or settings")
+    _add_model(parser)
+    _add_tiles(parser)
+    _add_report(parser)
+
+
+def _add_decode(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(commands, "decode", "turn latents into a video", _DECODE)
+    parser.add_argument("latents", metavar="LATENTS", help="a .safetensors file of latents")
+    _add_clip(parser)
+    _add_model(parser, dtype=False)
+    _add_tiles(parser)
+    _add_report(parser)
+
+
+def _add_encode(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(commands, "encode", "turn a video into latents", _ENCODE)
+    parser.add_argument("clip", metavar="CLIP", help="a video file")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="latents to write (.safetensors)")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    group = parser.add_argument_group("what to take from the video; default: as it is, sizes rounded down to 16")
+    group.add_argument("--frames", type=int, metavar="N", help="so many from the beginning, a multiple of 4")
+    group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
+    group.add_argument("--height", type=int, metavar="N", help="pixels, a multiple of 16")
+    group.add_argument("--fps", type=float, metavar="X", help="frames per second")
+    _add_model(parser, dtype=False)
+    _add_tiles(parser)
+    _add_report(parser)
+
+
+def _add_clip(parser: _Parser) -> None:
+    group = parser.add_argument_group("the file to write")
+    group.add_argument("-o", "--output", metavar="FILE", help=f"the video; {', '.join(FORMATS)} (numbered pictures)")
+    group.add_argument("--fps", type=float, metavar="X", help="frames per second")
+    group.add_argument("--quality", default="high", metavar="Q",
+                       help=f"{' or '.join(QUALITIES)}, or a rate factor from 0; high is H.264 at 10, the reference's")
+    group.add_argument("--force", action="store_true", help="replace existing files")
+
+
+def _add_model(parser: _Parser, *, dtype: bool = True) -> None:
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--model", metavar="DIR|tiny",
+                       help='a model folder, or "tiny", the bundled one (default)')
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default auto)")
+    if dtype:
+        group.add_argument("--dtype", default="auto", choices=list(DTYPES),
+                           help="arithmetic of the transformer (default auto: bf16 for large models on a GPU)")
+
+
+def _add_tiles(parser: _Parser) -> None:
+    group = parser.add_argument_group("tiles of the VAE: smaller needs less memory and may show seams")
+    group.add_argument("--tile", type=_triple, metavar="FxHxW", help="frames x height x width (default 24x320x320)")
+    group.add_argument("--overlap", type=_triple, metavar="FxHxW", help="shared with the next tile (default 8x120x80)")
+    group.add_argument("--tiles-per-batch", type=int, metavar="N", default=1,
+                       help="tiles at once; more is faster and needs more memory (default 1)")
+
+
+def _triple(text: str) -> tuple[int, int, int]:
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected frames x height x width, such as 24x320x320")
+    frames, height, width = map(int, found.groups())
+    return frames, height, width
+
+
+def _add_report(parser: _Parser) -> None:
+    group = parser.add_argument_group("what to say")
+    group.add_argument("--json", nargs="?", const="-", metavar="FILE",
+                       help="a report with times, peak memory, versions and settings; without FILE on standard output")
+    volume = group.add_mutually_exclusive_group()
+    volume.add_argument("--quiet", action="store_true", help="nothing but errors")
+    volume.add_argument("--verbose", action="store_true", help="also log messages, and the traceback of an error")

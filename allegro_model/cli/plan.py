@@ -1,0 +1,210 @@
+"""Everything `allegro generate` knows and checks before the first weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import GeometryError, TextError
+from ..geometry import LATENT_CHANNELS, TEMPORAL_FACTOR, check_memory, frames_bytes, latent_shape
+from ..latents import read_latents, read_state
+from ..loading import open_source
+from ..media import probe_clip, read_frames
+from ..memory import free_bytes
+from ..pipeline import AllegroPipeline, SampleSettings, SampleState
+from ..text import format_negative, format_prompt
+from .job import (
+    BUNDLED,
+    LATENTS_SUFFIX,
+    Job,
+    base_metadata,
+    check_clip,
+    check_clip_space,
+    check_latents_output,
+    check_report_output,
+    model_name,
+    open_model,
+)
+from .report import UsageError
+
+DEFAULT_SEED = 42  # the reference script's
+DEFAULT_DENOISE = 0.6
+# Options a saved run brings with it.
+_FIXED_BY_RESUME = ("prompt", "negative", "template", "seed", "init_video", "denoise", "frames", "width", "height",
+                    "steps", "cfg", "sampler")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the text encoder is given, and how; see `format_prompt`."""
+
+    prompt: str
+    negative: str
+    template: bool
+    clean: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was checked.
+
+    Attributes:
+        pipeline: of the model.
+        settings: of the run.
+        text: the prompts.
+        fps: frames per second of the clip.
+        output: the clip; None when the run stops before there is one.
+        latents: --save-latents.
+        stop: step to stop at; None for all.
+        state: the run that is resumed.
+        start: frames [3, T, H, W], or raw latents [1, 4, t, h, w], to start from.
+        metadata: kept in every file that is written.
+    """
+
+    pipeline: AllegroPipeline
+    settings: SampleSettings
+    text: Text
+    fps: float
+    output: Path | None
+    latents: Path | None
+    stop: int | None
+    state: SampleState | None
+    start: Tensor | None
+    metadata: dict[str, Any]
+
+
+def make_plan(job: Job) -> Plan:
+    """Checks everything that can be checked.
+
+    Raises:
+        AllegroError: the first thing that is wrong.
+    """
+    args = job.args
+    job.report.stage = "checking"
+    _check_options(job)
+    output = None if args.stop_at_step is not None else check_clip(job)
+    latents = None if args.save_latents is None else check_latents_output(job, args.save_latents)
+    check_report_output(job)
+    state, saved = read_state(args.resume) if args.resume else (None, {})
+    if state is not None:
+        _check_model_of(job, saved)
+    pipeline = open_model(job)
+    text = _text(job, pipeline, saved)
+    if state is not None:
+        settings, start = _settings_of(args.resume, state), None
+    else:
+        settings, start = _settings_and_start(job, pipeline)
+    _check_stop(args.stop_at_step, settings, state)
+    pipeline.check_memory(settings)
+    open_source(pipeline.root, "t5-encoder", subfolder="text_encoder")
+    fps = args.fps or saved.get("fps") or pipeline.defaults.fps
+    if output is not None:
+        check_clip_space(output, settings.width, settings.height, settings.num_frames)
+    metadata = {**asdict(text), "model": model_name(job), "fps": fps, "settings": settings.to_dict(), **base_metadata()}
+    return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, metadata)
+
+
+def _check_options(job: Job) -> None:
+    args = job.args
+    if args.resume:
+        given = [name for name in _FIXED_BY_RESUME if getattr(args, name) is not None]
+        if given:
+            names = ", ".join("PROMPT" if name == "prompt" else "--" + name.replace("_", "-") for name in given)
+            raise UsageError(f"A resumed run keeps its prompt and settings: leave out {names}.")
+    elif args.prompt is None:
+        raise UsageError('Say what the video shows: allegro generate "a red circle moves to the right" -o clip.mp4.')
+    if args.stop_at_step is not None and args.save_latents is None:
+        raise UsageError("--stop-at-step needs a file to save the run in: --save-latents half.safetensors.")
+    if args.stop_at_step is not None and args.output is not None:
+        raise UsageError("--stop-at-step ends before there is a video: leave out --output, and give it with --resume.")
+    if args.denoise is not None and args.init_video is None:
+        raise UsageError("--denoise needs something to start from: add --init-video FILE.")
+
+
+def _check_model_of(job: Job, saved: Mapping[str, Any]) -> None:
+    """A run must go on with the model it began with."""
+    name = saved.get("model", BUNDLED)
+    if model_name(job) != name:
+        hint = "leave out --model" if name == BUNDLED else f"give the folder of {name} with --model"
+        raise UsageError(f"{job.args.resume} was made with the model {name}, not {model_name(job)}: {hint}.")
+
+
+def _text(job: Job, pipeline: AllegroPipeline, saved: Mapping[str, Any]) -> Text:
+    """The prompts, checked for length and emptiness."""
+    args, defaults = job.args, pipeline.defaults
+    if args.resume:
+        text = Text(saved.get("prompt", ""), saved.get("negative", ""), saved.get("template", True),
+                    saved.get("clean", True))
+        if [type(value) for value in asdict(text).values()] != [str, str, bool, bool]:
+            raise TextError(f"{args.resume} holds no usable prompts. Start the run again.")
+    else:
+        text = Text(args.prompt, defaults.negative_prompt if args.negative is None else args.negative,
+                    defaults.prompt_template if args.template is None else args.template, args.clean)
+    if not text.prompt.strip():
+        raise TextError('The prompt is empty. Say what the video shows, e.g. "a red circle moves to the right".')
+    if not format_prompt(text.prompt, template=False, clean=text.clean):
+        raise TextError(f"The official cleaning deletes the whole prompt {text.prompt[:60]!r}. Use other words, or keep them "
+                        "as they are with --no-clean.")
+    format_negative(text.negative, clean=text.clean)  # raises when it is too long
+    return text
+
+
+def _settings_of(path: str, state: SampleState) -> SampleSettings:
+    """The settings of a saved run, checked against its latents: a file can be edited."""
+    s = state.settings
+    s.check()
+    expected = [1, LATENT_CHANNELS, *latent_shape(s.width, s.height, s.num_frames)]
+    if list(state.latents.shape) != expected or state.finished or state.step < 0:
+        raise GeometryError(f"{path} holds latents of shape {list(state.latents.shape)} after step {state.step}: expected "
+                            f"{expected} and a step below {s.num_steps}. The file is damaged; start the run again.")
+    return s
+
+
+def _check_stop(stop: int | None, settings: SampleSettings, state: SampleState | None) -> None:
+    done = 0 if state is None else state.step
+    if stop is not None and not done < stop < settings.num_steps:
+        raise UsageError(f"--stop-at-step {stop}: must be from {done + 1} to {settings.num_steps - 1}; this run has "
+                         f"{settings.num_steps} steps" + (f", {done} of them done." if done else "."))
+
+
+def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSettings, Tensor | None]:
+    """The settings of a new run, and what it starts from: frames, latents or nothing."""
+    args = job.args
+    values = {"width": args.width, "height": args.height, "num_frames": args.frames, "num_steps": args.steps,
+              "guidance_scale": args.cfg, "sampler": args.sampler,
+              "seed": DEFAULT_SEED if args.seed is None else args.seed}
+    if args.init_video is None:
+        return pipeline.settings(**values), None
+    values["denoise"] = DEFAULT_DENOISE if args.denoise is None else args.denoise
+    if Path(args.init_video).suffix.lower() == LATENTS_SUFFIX:
+        latents, _ = read_latents(args.init_video)
+        t, h, w = (int(n) for n in latents.shape[2:])
+        own = {"width": 8 * w, "height": 8 * h, "num_frames": TEMPORAL_FACTOR * t}
+        for name, value in own.items():
+            if values[name] not in (None, value):
+                raise GeometryError(f"{name}={values[name]}: {args.init_video} is for {value}. Leave the option out.")
+        return pipeline.settings(**{**values, **own}), latents
+    settings = pipeline.settings(**values)
+    probe_clip(args.init_video)
+    _check_clip_memory(settings)
+    frames, _ = read_frames(args.init_video, width=settings.width, height=settings.height,
+                            fps=args.fps or pipeline.defaults.fps, max_frames=settings.num_frames)
+    usable = frames.shape[1] // TEMPORAL_FACTOR * TEMPORAL_FACTOR
+    if usable < settings.num_frames and (args.frames is not None or usable == 0):
+        raise GeometryError(f"num_frames={settings.num_frames}: {args.init_video} has only {frames.shape[1]} frames at "
+                            f"{args.fps or pipeline.defaults.fps:g} per second. Use --frames "
+                            f"{max(usable, TEMPORAL_FACTOR)}, or a longer video.")
+    values["num_frames"] = usable
+    return pipeline.settings(**values), frames[:, :usable]
+
+
+def _check_clip_memory(settings: SampleSettings) -> None:
+    free = free_bytes(torch.device("cpu"))
+    if free is not None:
+        needed = 2 * frames_bytes(settings.width, settings.height, settings.num_frames)
+        check_memory("Reading the video", needed, free, "fewer --frames; a smaller --width and --height")

@@ -1,0 +1,164 @@
+"""What a run did, in numbers: the --json report and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import (
+    AllegroError,
+    Cancelled,
+    CheckpointError,
+    MissingDependency,
+    NonFiniteError,
+    NotEnoughMemory,
+    OutputError,
+)
+from ..media import atomic_file
+from ..media.atomic import writing
+
+
+class UsageError(AllegroError):
+    """Options that do not go together."""
+
+
+# Exit codes: (code, meaning, errors that lead to it). The first entry whose errors match wins.
+EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_INPUT, EXIT_CANCELLED = 0, 1, 2, 3, 130
+EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
+    (EXIT_OK, "done", ()),
+    (EXIT_BUG, "an error this program did not expect; please report it", ()),
+    (EXIT_USAGE, "the command line cannot be understood", (UsageError,)),
+    (4, "the model files are missing, damaged or of the wrong kind", (CheckpointError,)),
+    (5, "the result cannot be written: existing file, full disk, no permission", (OutputError,)),
+    (6, "not enough memory", (NotEnoughMemory, MemoryError, torch.OutOfMemoryError)),
+    (7, "an optional package is missing", (MissingDependency,)),
+    (8, "NaN or Inf appeared in the latents or frames", (NonFiniteError,)),
+    (EXIT_CANCELLED, "cancelled with Ctrl-C", (Cancelled, KeyboardInterrupt)),
+    (EXIT_INPUT, "an illegal size, setting, prompt or input file", (AllegroError,)),
+]
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code an exception leads to."""
+    return next((code for code, _, errors in EXIT_CODES if isinstance(error, errors)), EXIT_BUG)
+
+
+def exit_code_table() -> str:
+    """The codes and their meaning, for --help."""
+    return "\n".join(f"  {code:>3}  {meaning}" for code, meaning, _ in sorted(EXIT_CODES, key=lambda row: row[0]))
+
+
+def project_version() -> str:
+    """The version of this project, installed or run from its folder."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version("allegro-video")
+    with suppress(OSError):
+        text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8")
+        if found := re.search(r'^version = "(.+)"$', text, re.MULTILINE):
+            return found.group(1)
+    return "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of everything that can change a result."""
+    found: dict[str, str | None] = {"allegro-video": project_version(), "python": platform.python_version(),
+                                    "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("transformers", "safetensors", "imageio-ffmpeg"):
+        found[package] = None
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+# Memory
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    # Linux counts the peak of this process from here on; elsewhere, it stays the peak since its start.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_ram() -> int | None:
+    """Highest resident memory of this process, bytes; None where the system does not tell."""
+    with suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass
+class Report:
+    """Collects what --json writes.
+
+    Attributes:
+        command: the sub-command.
+        facts: "settings", "model", "output", "latents", ... as the command learns them.
+        stages: one entry per stage: name, seconds, peak memory in bytes.
+        stage: the stage that runs, or ran last.
+    """
+
+    command: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    stage: str = "start"
+    started: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def measure(self, name: str, device: torch.device) -> Iterator[None]:
+        """Times the block and takes its peak memory, also when it fails."""
+        self.stage = name
+        _reset_peak(device)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            self.stages.append({"name": name, "seconds": round(time.monotonic() - start, 3),
+                                "peak_ram_bytes": _peak_ram(), "peak_gpu_bytes": gpu})
+
+    def to_dict(self, code: int, error: BaseException | None) -> dict[str, Any]:
+        """The report as JSON-able values.
+
+        Args:
+            code: the exit code.
+            error: what ended the run, if anything did.
+        """
+        status = {EXIT_OK: "ok", EXIT_CANCELLED: "cancelled"}.get(code, "failed")
+        failure = error and {"type": type(error).__name__, "message": str(error), "stage": self.stage}
+        return {"command": self.command, "status": status, "exit_code": code, "error": failure,
+                "seconds": round(time.monotonic() - self.started, 3), "stages": self.stages, **self.facts,
+                "versions": versions()}
+
+    def write(self, target: str, code: int, error: BaseException | None, *, force: bool) -> None:
+        """Writes the report to a file, or to standard output when `target` is "-".
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        text = json.dumps(self.to_dict(code, error), indent=2)
+        if target == "-":
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+            return
+        with atomic_file(target, force=force) as temporary, writing(Path(target)):
+            temporary.write_text(text + "\n", encoding="utf-8")
