@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +19,7 @@ from . import keymaps
 from .detect import MARKS, CheckpointInfo, identify
 from .dimensions import dit_config_from_shapes, preset_name, vae_config_from_shapes
 from .files import Header, map_tensors, read_header, read_json
-from .quant import check_storage, common_dtype, dequantise
+from .quant import check_storage, common_dtype, companions, dequantise
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 _SHOWN = 8  # names per list in a message
+_BATCH_BYTES = 512 * 2**20  # mapped at a time while weights are converted
 
 WANTED = {
     "allegro-dit": "an Allegro text-to-video transformer (transformer/ of rhymes-ai/Allegro)",
@@ -222,16 +223,28 @@ def read_tensors(source: Source, *, device: torch.device | str = "cpu", dtype: t
         device: where they go; on the CPU and in the stored type they stay mapped.
         dtype: their type; default the one most of them are stored in, bfloat16 for float8 files.
     """
-    stored = {name: source.header.tensors[name] for name in source.names.values()}
-    target = dtype or common_dtype(stored)
-    mapped = map_tensors(source.header)
+    target = dtype or common_dtype({name: source.header.tensors[name] for name in source.names.values()})
     state: dict[str, Tensor] = {}
-    for ours, name in source.names.items():
-        # One after another: at no time are there two copies of more than one tensor.
-        tensor = dequantise(name, mapped[name], mapped, target)
-        state[ours] = keymaps.native_tensor(ours, tensor, source.info.family).to(device)
-        del mapped[name]
+    for batch in _batches(source):
+        wanted = {name for original in batch.values() for name in (original, *companions(original))}
+        mapped = map_tensors(source.header, only=wanted.__contains__)
+        for ours, name in batch.items():
+            tensor = dequantise(name, mapped[name], mapped, target)
+            state[ours] = keymaps.native_tensor(ours, tensor, source.info.family).to(device)
     return state
+
+
+def _batches(source: Source) -> Iterator[dict[str, str]]:
+    """{our name: name in the file} in portions; pages that were only read to be converted are let go after each."""
+    batch: dict[str, str] = {}
+    size = 0
+    for ours, name in source.names.items():
+        batch[ours] = name
+        size += source.header.tensors[name].num_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    yield batch
 
 
 def _sampling_from(stated: Any, path: Path) -> SamplingConfig:

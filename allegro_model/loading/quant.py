@@ -21,6 +21,7 @@ from .keymaps import is_quant_name
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 COMPUTE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCALES = (".scale_weight", ".weight_scale")
+_FORMAT = ".comfy_quant"
 _KNOWN_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -51,23 +52,28 @@ def common_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     return torch.bfloat16 if has_float8 or not sizes else sizes.most_common(1)[0][0]
 
 
+def companions(name: str) -> tuple[str, ...]:
+    """Names of the tensors `dequantise` looks for beside a weight."""
+    base = name.removesuffix(".weight")
+    return (base + _FORMAT, *(base + suffix for suffix in _SCALES))
+
+
 def dequantise(name: str, tensor: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """`tensor` as `dtype`, multiplied by its scale if the file holds one.
 
     Args:
         name: of the tensor, in the file.
-        tensors: all tensors of the file.
+        tensors: its companions, among others.
         dtype: the wanted type.
     Raises:
         UnsupportedCheckpoint: a storage format other than float8.
     """
     if tensor.dtype not in FLOAT8:
         return tensor.to(dtype)
-    base = name.removesuffix(".weight")
-    marker = tensors.get(base + ".comfy_quant")
+    marker, *scales = (tensors.get(companion) for companion in companions(name))
     if marker is not None:
         _check_format(name, marker)
-    scale = next((tensors[base + suffix] for suffix in _SCALES if base + suffix in tensors), None)
+    scale = next((found for found in scales if found is not None), None)
     if scale is None:
         return tensor.to(dtype)
     # One scale per tensor, or one per output row.

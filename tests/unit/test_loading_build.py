@@ -202,7 +202,9 @@ def quantised(state, style):
 
 @pytest.mark.parametrize("style", ["bare", "scaled", "rows", "quant"])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_float8_is_read_back(tmp_path, dit_state, style, dtype):
+@pytest.mark.parametrize("batch_bytes", [1, 2**20], ids=["tensor by tensor", "at once"])
+def test_float8_is_read_back(tmp_path, monkeypatch, dit_state, style, dtype, batch_bytes):
+    monkeypatch.setattr(build, "_BATCH_BYTES", batch_bytes)
     stored = quantised(dit_state, style)
     dit = load_dit(save(tmp_path, stored, DIT), dtype=dtype)
     assert {p.dtype for p in dit.parameters()} == {dtype or torch.bfloat16}
