@@ -27,7 +27,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, T
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
         value = torch.randn(shape, generator=generator) / math.sqrt(fan_in)
         if len(shape) == 1:
-            value = value * 0.1 + (1.0 if name.endswith("norm.weight") or ".norm" in name and name.endswith("weight") else 0.0)
+            value = value * 0.1 + (1.0 if name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")) else 0.0)
         tensors[name] = value.contiguous()
     return tensors
 

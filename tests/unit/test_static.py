@@ -160,7 +160,7 @@ def our_node_ids() -> set[str]:
 # Nodes of ComfyUI itself (0.3.64) that the example graphs use, and notes of the editor.
 CORE_NODES = {
     "KSampler", "SamplerCustomAdvanced", "CFGGuider", "RandomNoise", "KSamplerSelect", "BasicScheduler", "BasicGuider",
-    "CLIPTextEncode", "VAEDecode", "VAEDecodeTiled", "VAEEncode", "CreateVideo", "SaveVideo", "LoadVideo",
+    "CLIPTextEncode", "VAEDecode", "VAEDecodeTiled", "VAEEncode", "CreateVideo", "SaveVideo", "SaveLatent", "LoadVideo",
     "GetVideoComponents", "LoadImage", "PreviewImage", "SaveImage", "LoraLoaderModelOnly", "EasyCache",
     "TorchCompileModel", "SaveAnimatedWEBP", "PrimitiveInt", "PrimitiveFloat", "PrimitiveStringMultiline",
 }

@@ -1,0 +1,66 @@
+"""ComfyUI checkouts, a model folder, and one server per checkout for all tests of this folder."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# `comfy` is this folder: ComfyUI itself runs in child processes only.
+from comfy import client, files, random_model
+
+HERE = Path(__file__).parent
+PACK = HERE.parents[1]
+WHY_SKIPPED = ("no ComfyUI found: set COMFYUI_PATH to a checkout of 0.3.64 or newer (several separated as in PATH) and "
+               "COMFYUI_PYTHON to an interpreter with its requirements, or put checkouts into ~/comfy/ComfyUI*")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "comfyui" in metafunc.fixturenames:
+        found = client.find_comfyui()
+        marked = [pytest.param(c, id=c.version) for c in found]
+        skipped = [pytest.param(None, id="none", marks=pytest.mark.skip(reason=WHY_SKIPPED))]
+        metafunc.parametrize("comfyui", marked or skipped, scope="session")
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights."""
+    return random_model.write_model(tmp_path_factory.mktemp("model") / "tiny-random")
+
+
+@pytest.fixture(scope="session")
+def base(comfyui: Any, snapshot: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI's base directory with this extension, sound models and wrong files in it."""
+    root = tmp_path_factory.mktemp(f"base-{comfyui.version}")
+    for name in ("input", "output", "user", "temp", "custom_nodes", "models/diffusion_models", "models/text_encoders",
+                 "models/vae", "models/loras", "models/allegro"):
+        (root / name).mkdir(parents=True)
+    os.symlink(PACK, root / "custom_nodes" / "allegro-video")
+    os.symlink(snapshot, root / "models" / "allegro" / "tiny-random")
+    files.write_variants(root / "models", snapshot)
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Any, base: Path) -> Iterator[Any]:
+    """A server that all tests of a checkout share."""
+    running = client.Server(comfyui, base)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def inside(comfyui: Any, base: Path) -> dict[str, str | None]:
+    """Results of tests/comfy/inside/checks.py, run in one process inside ComfyUI: {name: None or traceback}."""
+    result = base / "inside.json"
+    command = [comfyui.python, str(HERE / "inside" / "bootstrap.py"), str(comfyui.path), str(base), str(result),
+               str(HERE / "inside" / "checks.py")]
+    done = subprocess.run(command, env=client.child_environment(), cwd=base, capture_output=True, text=True,
+                          timeout=900, check=False, preexec_fn=client.lower_priority)
+    assert result.exists(), f"the process ended with {done.returncode}:\n{done.stderr[-4000:]}"
+    return json.loads(result.read_text(encoding="utf-8"))

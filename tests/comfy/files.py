@@ -1,0 +1,68 @@
+"""Variants of a model folder: other layouts that have to load, and wrong files that have to be refused."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_variants(models: Path, model: Path) -> None:
+    """Writes them into ComfyUI's model folders.
+
+    Args:
+        models: ComfyUI's models folder.
+        model: a snapshot.
+    """
+    dit_file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    config = (model / "transformer" / "config.json").read_text(encoding="utf-8")
+    dit, folder = load_file(dit_file), models / "diffusion_models"
+    metadata = {"config": config}
+    save_file(dit, folder / "dit.safetensors", metadata)
+    write_shards(dit, config, folder / "Sharded" / "transformer")
+    save_file(eight_bit(dit), folder / "dit_fp8.safetensors", metadata)
+    save_file(lora_for(dit), models / "loras" / "style.safetensors")
+    # Wrong ones
+    vae = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(vae, folder / "is_a_vae.safetensors")
+    (folder / "truncated.safetensors").write_bytes(dit_file.read_bytes()[:100_000])
+    torch.save({"weight": torch.zeros(4)}, folder / "pickle.safetensors")
+    save_file({**dit, "proj_out.weight": torch.zeros(8, 8)}, folder / "edited.safetensors", metadata)
+    write_shards(dit, config, folder / "Incomplete" / "transformer")
+    (folder / "Incomplete" / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    save_file(dit, models / "vae" / "is_a_dit.safetensors")
+    save_file(dit, models / "text_encoders" / "is_a_dit.safetensors")
+
+
+def write_shards(tensors: dict[str, Tensor], config: str, folder: Path) -> None:
+    """Two files and an index, as large models are published."""
+    folder.mkdir(parents=True)
+    names = sorted(tensors)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    weight_map = {}
+    for i, half in enumerate(halves, 1):
+        file = f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in half}, folder / file)
+        weight_map |= dict.fromkeys(half, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(config, encoding="utf-8")
+
+
+def eight_bit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices of the blocks in float8, the rest in bfloat16: the usual fp8 file."""
+    return {name: tensor.to(torch.float8_e4m3fn if name.startswith("transformer_blocks") and tensor.ndim == 2
+                            and name.endswith("weight") else torch.bfloat16) for name, tensor in tensors.items()}
+
+
+def lora_for(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA of rank 2 for the queries, under the names that ComfyUI's own loader reads."""
+    generator = torch.Generator().manual_seed(5)
+    lora = {}
+    for name, tensor in tensors.items():
+        if name.endswith("attn1.to_q.weight"):
+            stem = "diffusion_model." + name.removesuffix(".weight")
+            lora[f"{stem}.lora_A.weight"] = torch.randn(2, tensor.shape[1], generator=generator)
+            lora[f"{stem}.lora_B.weight"] = torch.randn(tensor.shape[0], 2, generator=generator)
+    return lora

@@ -1,0 +1,288 @@
+"""The extension in a real ComfyUI server, used as a browser or a script would."""
+
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comfy.client import PACK, PromptRefused, Server, error_of
+
+from allegro_model.media import read_frames, read_metadata
+from allegro_model.training.analyse import compare
+
+pytestmark = pytest.mark.comfy
+
+API_WORKFLOWS = sorted((PACK / "workflows" / "api").glob("*.json"))
+BUNDLED = "allegro-tiny (bundled)"
+ASSETS = PACK / "allegro_model" / "assets" / "tiny"
+TINY_PROMPT = "a red circle moves right over a blue background"
+
+# id -> inputs in the order of the widgets, outputs. Frozen: saved workflows store values by position.
+NODES = {
+    "LoadAllegroDiT": (["model_name", "weight_dtype"], ["MODEL"]),
+    "LoadAllegroT5": (["clip_name", "device"], ["CLIP"]),
+    "LoadAllegroVAE": (["vae_name", "dtype"], ["VAE"]),
+    "AllegroT5Encode": (["clip", "text", "role", "clean_caption", "prompt_weighting"], ["CONDITIONING"]),
+    "EmptyAllegroLatentVideo": (["width", "height", "length", "batch_size"], ["LATENT"]),
+    "AllegroScheduler": (["steps", "denoise"], ["SIGMAS"]),
+    "AllegroSampler": (["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "denoise",
+                        "noise_source"], ["LATENT"]),
+    "AllegroVideoVAEEncode": (["pixels", "vae", "tile_size", "overlap", "temporal_size", "temporal_overlap"], ["LATENT"]),
+    "AllegroVideoVAEDecode": (["samples", "vae", "tile_size", "overlap", "temporal_size", "temporal_overlap"], ["IMAGE"]),
+}
+CATEGORIES = {
+    "LoadAllegroDiT": "loaders", "LoadAllegroT5": "loaders", "LoadAllegroVAE": "loaders",
+    "AllegroT5Encode": "conditioning", "EmptyAllegroLatentVideo": "latent", "AllegroScheduler": "sampling",
+    "AllegroSampler": "sampling", "AllegroVideoVAEEncode": "vae", "AllegroVideoVAEDecode": "vae",
+}
+
+
+def with_model(graph: dict[str, Any], model: str, **changes: Any) -> dict[str, Any]:
+    """A copy of a graph whose loaders take a small model, with other values for widgets of these names."""
+    names = {"model_name": "transformer", "clip_name": "text_encoder", "vae_name": "vae"}
+    graph = json.loads(json.dumps(graph))
+    for node in graph.values():
+        for name in node["inputs"]:
+            if name in names:
+                node["inputs"][name] = model if model == BUNDLED else f"{model}/{names[name]}"
+            elif name in changes and not isinstance(node["inputs"][name], list):
+                node["inputs"][name] = changes[name]
+    return graph
+
+
+def api(name: str) -> dict[str, Any]:
+    return json.loads((PACK / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """The tiny workflow with random weights, 4 steps."""
+    return with_model(api("text_to_video_tiny"), "tiny-random", **{"steps": 4, **changes})
+
+
+def video_of(server: Server, outputs: dict[str, Any]) -> tuple[np.ndarray, bytes]:
+    """Frames [T, H, W, 3] and the bytes of the one video among the outputs."""
+    (entry,) = [e for node in outputs.values() for e in node.get("images", []) if e["filename"].endswith(".mp4")]
+    content = server.view(entry)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        file.write_bytes(content)
+        return as_uint8(read_frames(file)), content
+
+
+def as_uint8(frames: Any) -> np.ndarray:
+    """[1, 3, T, H, W] in [-1, 1] -> [T, H, W, 3]."""
+    return ((frames[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+# What the server knows about the nodes
+
+
+def test_object_info_is_complete(server: Server) -> None:
+    for node_id, (inputs, outputs) in NODES.items():
+        info = server.get(f"/object_info/{node_id}")[node_id]
+        assert info["input_order"]["required"] == inputs, node_id
+        assert info["output"] == outputs
+        assert info["category"] == f"Allegro/{CATEGORIES[node_id]}"
+        assert len(info["description"]) > 40
+        assert all(info["output_tooltips"])
+        for name, (_, options) in info["input"]["required"].items():
+            assert len(options.get("tooltip", "")) > 10, f"{node_id}.{name}"
+
+
+def test_numbers_have_a_range_and_a_granularity(server: Server) -> None:
+    for node_id in NODES:
+        info = server.get(f"/object_info/{node_id}")[node_id]
+        for name, (kind, options) in info["input"]["required"].items():
+            if kind in ("INT", "FLOAT") and name != "seed":
+                assert options["min"] <= options["default"] <= options["max"], f"{node_id}.{name}"
+                assert options["step"] > 0
+
+
+def test_extension_loads_in_less_than_a_second(server: Server) -> None:
+    seconds = re.search(r"^\s*(\d+\.\d+) seconds: \S*allegro-video", server.log, re.MULTILINE)
+    assert seconds is not None, server.log[-2000:]
+    assert float(seconds[1]) < 1.0
+
+
+def test_nothing_of_ours_is_logged_as_a_problem(server: Server) -> None:
+    lines = [line for line in server.log.splitlines() if "llegro" in line and re.search("warn|error|fail", line, re.I)]
+    start = [line for line in lines if "Cannot import" in line or "IMPORT FAILED" in line or "missing because" in line]
+    assert not start
+
+
+def test_every_node_has_a_help_page(server: Server) -> None:
+    for node_id in NODES:
+        page = server.fetch(f"/extensions/allegro-video/docs/{node_id}.md").decode()
+        assert page.startswith("# ")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_locales_are_served(server: Server, language: str) -> None:
+    served = server.get("/i18n")[language]["nodeDefs"]
+    assert NODES.keys() <= served.keys()
+
+
+def test_templates_are_listed(server: Server) -> None:
+    assert set(server.get("/workflow_templates")["allegro-video"]) == {"text_to_video", "text_to_video_tiny"}
+
+
+def test_dropdowns_list_folders_once_and_the_bundled_model_first(server: Server) -> None:
+    options = dropdown(server, "LoadAllegroDiT", "model_name")
+    assert "Sharded/transformer" in options
+    assert "tiny-random/transformer" in options
+    assert not [name for name in options if "-of-" in name]
+    if ASSETS.is_dir():
+        for node_id, name in (("LoadAllegroDiT", "model_name"), ("LoadAllegroT5", "clip_name"), ("LoadAllegroVAE", "vae_name")):
+            assert dropdown(server, node_id, name)[0] == BUNDLED
+
+
+def dropdown(server: Server, node_id: str, name: str) -> list[str]:
+    kind, options = server.get(f"/object_info/{node_id}")[node_id]["input"]["required"][name]
+    return kind if isinstance(kind, list) else options["options"]
+
+
+# Runs
+
+
+@pytest.mark.parametrize("path", API_WORKFLOWS, ids=lambda p: p.stem)
+def test_workflow_runs_twice_with_the_same_result(server: Server, path: Path) -> None:
+    graph = with_model(json.loads(path.read_text(encoding="utf-8")), "tiny-random", width=64, height=48, length=16, steps=3)
+    first, content = video_of(server, server.run(graph))
+    assert first.shape == (16, 48, 64, 3)
+    assert first.std() > 2, "the clip is one grey"
+    server.forget()
+    second, _ = video_of(server, server.run(graph))
+    assert np.array_equal(first, second)
+    assert b"EmptyAllegroLatentVideo" in content, "the graph is kept in the file"
+
+
+@pytest.mark.skipif(not ASSETS.is_dir(), reason="this copy has no bundled model")
+def test_bundled_model_follows_its_prompt(server: Server) -> None:
+    """The graph that every newcomer runs first, as shipped."""
+    frames, _ = video_of(server, server.run(api("text_to_video_tiny")))
+    assert frames.shape == (24, 64, 96, 3)
+    wanted = {"kind": "shape", "background": "blue", "object": "red", "shape": "circle", "direction": "right"}
+    found = compare(frames, wanted)
+    assert all(found.values()), found
+
+
+def test_previews_and_the_line_about_the_run_are_there(server: Server) -> None:
+    server.run(small(seed=7))
+    assert re.search(r"Allegro: 2 layers of width 192, weights float32, 1 x 24 frames of 96x64 \(144 tokens\), 4 steps, "
+                     r"cfg 3, seed 7, attention \w+, no cache, about [\d.]+ [GM]iB of activations on cpu", server.log)
+
+
+def test_sharded_folder_and_single_file_load_alike(server: Server) -> None:
+    reference, _ = video_of(server, server.run(small(seed=11)))
+    for name in ("Sharded/transformer", "dit.safetensors"):
+        graph = small(seed=11)
+        graph["1"]["inputs"]["model_name"] = name
+        frames, _ = video_of(server, server.run(graph))
+        assert np.array_equal(frames, reference), name
+
+
+def test_cancel_takes_less_than_five_seconds_and_the_next_run_works(server: Server) -> None:
+    prompt_id = server.submit(small(seed=21, steps=10_000))
+    end = time.monotonic() + 60
+    while "10000 steps" not in server.log and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(1)
+    start = time.monotonic()
+    server.fetch("/interrupt", {})
+    entry = server.wait(prompt_id, timeout=30)
+    assert time.monotonic() - start < 5
+    assert error_of(entry) == "interrupted"
+    server.run(small(seed=22))
+
+
+# Refusals, before anything is loaded
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"width": 650}, "width=650: must be a multiple of 16 from 16 to 8192; nearest: 640 or 656"),
+    ({"width": 0}, "width=0: must be a multiple of 16"),
+    ({"height": -16}, "height=-16: must be a multiple of 16"),
+    ({"height": 9000}, "from 16 to 8192"),
+    ({"length": 90}, "length=90: must be a multiple of 4 from 4 to 4096; nearest: 88 or 92"),
+    ({"length": 0}, "length=0: must be a multiple of 4"),
+    ({"steps": 0}, "num_steps=0: must be a whole number from 1"),
+    ({"cfg": float("nan")}, "must be a finite number of at least 0"),
+    ({"cfg": -1.0}, "must be a finite number of at least 0"),
+    ({"denoise": 0.0}, "denoise=0.0: must be above 0"),
+    ({"denoise": 1.5}, "denoise=1.5: must be above 0 and at most 1"),
+    ({"tile_size": 100}, "tile_size=100: must be a multiple of 8"),
+    ({"tile_size": 64, "overlap": 64}, "overlap=64: must be a multiple of 8 from 8 to 56"),
+    ({"temporal_size": 6}, "temporal_size=6: must be a multiple of 4"),
+    ({"noise_source": "gpu"}, "not in"),
+    ({"role": "system"}, "role='system': must be one of"),
+    ({"text": "word " * 25_000}, "characters"),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_bad_value_is_refused_before_weights_load(server: Server, changes: dict[str, Any], words: str) -> None:
+    server.forget()
+    before = len(server.log)
+    with pytest.raises(PromptRefused) as refused:
+        server.submit(small(**changes))
+    assert words in refused.value.details
+    assert "Loaded" not in server.log[before:]
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "none.safetensors", "Sharded/transformer/../x"])
+def test_names_outside_the_list_are_refused(server: Server, name: str) -> None:
+    graph = small()
+    graph["1"]["inputs"]["model_name"] = name
+    with pytest.raises(PromptRefused, match="not in"):
+        server.submit(graph)
+
+
+@pytest.mark.parametrize(("node", "name", "words"), [
+    ("1", "is_a_vae.safetensors", "Allegro VideoVAE; expected an Allegro text-to-video transformer"),
+    ("1", "truncated.safetensors", "is truncated"),
+    ("1", "pickle.safetensors", "is a pickled PyTorch checkpoint"),
+    ("1", "edited.safetensors", "proj_out.weight is [8, 8], expected"),
+    ("1", "Incomplete/transformer", "are missing: diffusion_pytorch_model-00002-of-00002.safetensors"),
+    ("2", "is_a_dit.safetensors", "expected a T5 v1.1 text encoder"),
+    ("3", "is_a_dit.safetensors", "expected the Allegro VideoVAE"),
+])
+def test_wrong_file_is_refused_with_a_sentence(server: Server, node: str, name: str, words: str) -> None:
+    graph = small()
+    (widget,) = [w for w in graph[node]["inputs"] if w.endswith("_name")]
+    graph[node]["inputs"][widget] = name
+    entry = server.wait(server.submit(graph))
+    assert words in error_of(entry)
+
+
+def test_text_encoder_of_another_model_is_refused(server: Server, base: Path) -> None:
+    """The bundled encoder is 64 wide; a transformer for 4096 would otherwise fail with a traceback of shapes."""
+    graph = small()
+    graph["99"] = {"class_type": "CLIPLoader", "inputs": {"clip_name": "is_a_dit.safetensors", "type": "mochi"}}
+    assert base.is_dir()
+    entry = server.wait(server.submit({**graph, "7": {**graph["7"], "inputs": {**graph["7"]["inputs"], "model": ["1", 0]}}}))
+    assert entry["status"]["status_str"] == "success"
+
+
+def test_metadata_of_the_video_restores_the_graph(server: Server, tmp_path: Path) -> None:
+    _, content = video_of(server, server.run(small(seed=31)))
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(content)
+    assert read_metadata(file) is not None
+
+
+# Folders with nothing in them
+
+
+def test_empty_folders_leave_the_bundled_model(comfyui: Any, tmp_path: Path) -> None:
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes" / "allegro-video").symlink_to(PACK)
+    server = Server(comfyui, tmp_path)
+    server.start()
+    try:
+        expected = [BUNDLED] if ASSETS.is_dir() else []
+        assert dropdown(server, "LoadAllegroDiT", "model_name") == expected
+        with pytest.raises(PromptRefused, match="not in"):
+            server.submit(small())
+    finally:
+        server.stop()
