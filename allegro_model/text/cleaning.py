@@ -34,6 +34,8 @@ _HOST_RUN = re.compile(r"[a-zA-Z0-9.\-]+")
 _HOST_TAIL = re.compile(r"\.(?:com|co|ru|net|org|edu|gov|it)[\w/\-]*\b/?(?!@)")
 _SCHEME_TAIL = re.compile(r":(?:/{1,3}|[a-zA-Z0-9%])")
 _EDGE = re.compile(r"\b")
+_NON_BLANKS = re.compile(r"\S+")
+_FILE_NAME = re.compile(rf"\S+\.(?:{_FILE_TYPES})")
 
 
 def clean_caption(text: str) -> str:
@@ -48,6 +50,11 @@ def clean_caption(text: str) -> str:
     Source: text preprocessing of the official T2V pipeline with `clean_caption` on.
     """
     check_length(text)
+    return apply_rules(text)
+
+
+def apply_rules(text: str) -> str:
+    """`clean_caption` for a text whose length has been checked before something was added to it."""
     for _ in range(2):
         for rule in _RULES:
             text = rule(text)
@@ -94,42 +101,42 @@ def _delete_links(text: str, *, schemes: tuple[str, ...]) -> str:
 
 def _next_link(text: str, run: re.Match[str], schemes: tuple[str, ...]) -> tuple[int, int]:
     """(start, end) of the first link that begins in the run; empty and at the end of the run if there is none."""
-    first, last = run.span()
-    edge = _EDGE.search(text, first)
-    host = edge.start() if edge else last
-    scheme = _scheme_start(text, first, last, schemes)
-    if scheme is not None and scheme <= host:
-        tail = _SCHEME_TAIL.match(text, last)
-        if tail:
-            return scheme, tail.end()
-    dot = text.rfind(".", host + 1, last)
-    while dot > host:
-        tail = _HOST_TAIL.match(text, dot)
-        if tail:
-            return host, tail.end()
-        dot = text.rfind(".", host + 1, dot)
-    if scheme is not None:
-        tail = _SCHEME_TAIL.match(text, last)
-        if tail:
-            return scheme, tail.end()
-    return last, last
+    found = (_scheme_link(text, *run.span(), schemes), _host_link(text, *run.span()))
+    # Where both begin at the same character, the scheme alone goes.
+    return min((link for link in found if link), key=lambda link: link[0], default=(run.end(), run.end()))
 
 
-def _scheme_start(text: str, first: int, last: int, schemes: tuple[str, ...]) -> int | None:
-    """Where a scheme that ends the run begins, if it begins at a word edge."""
+def _scheme_link(text: str, first: int, last: int, schemes: tuple[str, ...]) -> tuple[int, int] | None:
     for scheme in schemes:
         start = last - len(scheme)
-        if start >= first and text.endswith(scheme, first, last) and _EDGE.match(text, start):
-            return start
+        if start >= first and text.startswith(scheme, start) and _EDGE.match(text, start):
+            tail = _SCHEME_TAIL.match(text, last)
+            return (start, tail.end()) if tail else None
     return None
 
 
-_FILE_NAME = re.compile(rf"\S+\.(?:{_FILE_TYPES})")
+def _host_link(text: str, first: int, last: int) -> tuple[int, int] | None:
+    edge = _EDGE.search(text, first, last + 1)
+    if edge is None:
+        return None
+    start = edge.start()
+    dot = text.rfind(".", start + 1, last)
+    while dot > start:
+        tail = _HOST_TAIL.match(text, dot)
+        if tail:
+            return start, tail.end()
+        dot = text.rfind(".", start + 1, dot)
+    return None
 
 
 def _delete_file_names(text: str) -> str:
     """Delete from the start of a run of non-blanks to the last file extension in it."""
-    return re.sub(r"\S+", lambda run: _FILE_NAME.sub("", run[0], count=1) if "." in run[0] else run[0], text)
+    return _NON_BLANKS.sub(_without_file_name, text)
+
+
+def _without_file_name(run: re.Match[str]) -> str:
+    name = _FILE_NAME.match(run[0])
+    return run[0][name.end() :] if name else run[0]
 
 
 def _split_joined_words(text: str) -> str:
@@ -140,7 +147,10 @@ def _split_joined_words(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    return html.unescape(html.unescape(text))
+    try:
+        return html.unescape(html.unescape(text))
+    except ValueError:  # a number with thousands of digits
+        return text
 
 
 def _trim_ends(text: str) -> str:
@@ -192,7 +202,7 @@ _RULES: tuple[Rule, ...] = (
     _substitute(rf"\b(?:{_FILE_TYPES})(?:\simages?)?", ""),
     _substitute(r"\bpage\s+\d+\b", ""),
     _substitute(r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d[a-zA-Z\d]*\b", " "),  # 25
-    _substitute(r"\b\d+(?:\.\d*)?[xх×]\d+(?:\.\d*)?\b", ""),  # 26: sizes
+    _substitute(r"\b\d+(?:\.\d*)?[x\u0445\u00d7]\d+(?:\.\d*)?\b", ""),  # 26: sizes
     _substitute(r"\b\s+:\s+", ": "),  # 27
     _substitute(r"(\D[,./])\b", r"\1 "),  # 28
     _substitute(r"\s+", " "),  # 29; not stripped: the next rules see the blanks

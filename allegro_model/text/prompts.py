@@ -3,7 +3,7 @@
 The authors say that neither text was part of the training: both are offers, never forced.
 """
 
-from .cleaning import check_length, clean_caption
+from .cleaning import apply_rules, check_length
 
 # Source: the official inference scripts.
 POSITIVE_TEMPLATE = (
@@ -34,7 +34,7 @@ def format_prompt(text: str, *, template: bool = True, clean: bool = True) -> st
     if template:
         # Not str.format: braces in the prompt are ordinary characters.
         prompt = POSITIVE_TEMPLATE.replace("{}", prompt)
-    return clean_caption(prompt) if clean else prompt.lower().strip()
+    return apply_rules(prompt) if clean else prompt.lower().strip()
 
 
 def format_negative(text: str = DEFAULT_NEGATIVE, *, clean: bool = True) -> str:
