@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from ..allegro_model.errors import AllegroError, UnsupportedCheckpoint
 from .bridge import paths
 from .bridge.model import WEIGHT_DTYPES, load_dit
 from .bridge.text import DEVICES, load_t5
@@ -39,7 +42,13 @@ class LoadAllegroDiT(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str | None = None, weight_dtype: str | None = None) -> bool | str:
+        """Before anything is loaded. An input that is linked is None here and checked in `execute`."""
+        return _problem("transformer", model_name, weight_dtype, WEIGHT_DTYPES)
+
+    @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        _check("transformer", model_name, weight_dtype, WEIGHT_DTYPES)
         return io.NodeOutput(load_dit(paths.resolve("transformer", model_name), weight_dtype))
 
 
@@ -68,7 +77,13 @@ class LoadAllegroT5(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, clip_name: str | None = None, device: str | None = None) -> bool | str:
+        """Before anything is loaded. An input that is linked is None here and checked in `execute`."""
+        return _problem("text_encoder", clip_name, device, DEVICES)
+
+    @classmethod
     def execute(cls, clip_name: str, device: str) -> io.NodeOutput:
+        _check("text_encoder", clip_name, device, DEVICES)
         return io.NodeOutput(load_t5(paths.resolve("text_encoder", clip_name), device))
 
 
@@ -96,5 +111,28 @@ class LoadAllegroVAE(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, vae_name: str | None = None, dtype: str | None = None) -> bool | str:
+        """Before anything is loaded. An input that is linked is None here and checked in `execute`."""
+        return _problem("vae", vae_name, dtype, DTYPES)
+
+    @classmethod
     def execute(cls, vae_name: str, dtype: str) -> io.NodeOutput:
+        _check("vae", vae_name, dtype, DTYPES)
         return io.NodeOutput(load_vae(paths.resolve("vae", vae_name), dtype))
+
+
+def _check(part: str, choice: str | None, option: str | None, options: Collection[str]) -> None:
+    """The browser offers only what is there, scripts can send anything."""
+    if choice is not None:
+        paths.resolve(part, choice)
+    if option is not None and option not in options:
+        raise UnsupportedCheckpoint(f"{option!r} is not one of: {', '.join(options)}. Choose one of these.")
+
+
+def _problem(part: str, choice: str | None, option: str | None, options: Collection[str]) -> bool | str:
+    """True, or what is wrong."""
+    try:
+        _check(part, choice, option, options)
+    except AllegroError as error:
+        return str(error)
+    return True

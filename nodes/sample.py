@@ -81,22 +81,23 @@ class AllegroSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps: int | None = None, cfg: float | None = None,
-                        denoise: float | None = None) -> bool | str:
+    def validate_inputs(cls, steps: int | None = None, cfg: float | None = None, denoise: float | None = None,
+                        noise_source: str | None = None) -> bool | str:
         """Before anything is loaded. An input that is linked is None here and checked in `execute`."""
-        return _problem(steps=steps, cfg=cfg, denoise=denoise)
+        return _problem(steps=steps, cfg=cfg, denoise=denoise, noise_source=noise_source)
 
     @classmethod
     def execute(cls, model: Any, positive: list[Any], negative: list[Any], latent_image: dict[str, Any], seed: int,
                 steps: int, cfg: float, denoise: float, noise_source: str) -> io.NodeOutput:
-        _check(steps=steps, cfg=cfg, denoise=denoise)
-        if noise_source not in NOISE_SOURCES:
-            raise ScheduleError(f"noise_source={noise_source!r}: must be one of {', '.join(NOISE_SOURCES)}.")
+        _check(steps=steps, cfg=cfg, denoise=denoise, noise_source=noise_source)
         settings = RunSettings(seed, steps, cfg, denoise, noise_source)
         return io.NodeOutput(run(model, positive, negative, latent_image, settings))
 
 
-def _check(steps: int | None = None, cfg: float | None = None, denoise: float | None = None) -> None:
+def _check(steps: int | None = None, cfg: float | None = None, denoise: float | None = None,
+           noise_source: str | None = None) -> None:
+    if noise_source is not None and noise_source not in NOISE_SOURCES:
+        raise ScheduleError(f"noise_source={noise_source!r}: must be one of {', '.join(NOISE_SOURCES)}.")
     check_schedule(1 if steps is None else steps, 1.0 if denoise is None else denoise)
     check_guidance(1.0 if cfg is None else cfg)
 

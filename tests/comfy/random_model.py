@@ -18,6 +18,9 @@ from allegro_model.vae import VideoVAE
 # Wide enough that fp8 and partial loading have something to do; two layers keep it fast.
 DIT = replace(TINY_DIT, num_layers=2, num_attention_heads=2, attention_head_dim=96, absolute_position=False)
 
+# The released scale: what a transformer without a VAE beside it is taken to have been trained with.
+VAE = replace(TINY_VAE, scale_factor=0.13235)
+
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     """Weights at the scale of a fresh network, so that activations keep their size."""
@@ -47,9 +50,9 @@ def write_model(root: Path, *, seed: int = 0) -> Path:
     dit = random_tensors(shapes_of(AllegroDiT(DIT, device="meta")), seed)
     save_file(dit, root / "transformer" / "diffusion_pytorch_model.safetensors")
     write_json(root / "transformer" / "config.json", DIT.to_dict())
-    vae = random_tensors(shapes_of(VideoVAE(TINY_VAE, device="meta")), seed + 1)
+    vae = random_tensors(shapes_of(VideoVAE(VAE, device="meta")), seed + 1)
     save_file(vae, root / "vae" / "diffusion_pytorch_model.safetensors")
-    write_json(root / "vae" / "config.json", TINY_VAE.to_dict())
+    write_json(root / "vae" / "config.json", VAE.to_dict())
     save_tokenizer(root / "tokenizer")
     vocabulary = json.loads((root / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     config = {**TINY_TEXT, "vocab_size": len(vocabulary)}
