@@ -83,7 +83,11 @@ def read_header(path: str | Path, *, subfolder: str | None = None) -> Header:
             to load.
         CheckpointMismatch: shards that do not hold what their index lists.
     """
-    files, listed = _locate(Path(path), subfolder)
+    try:
+        files, listed = _locate(Path(path), subfolder)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path and its "
+                              "permissions.") from error
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     shards: dict[str, Path] = {}

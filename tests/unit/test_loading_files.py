@@ -245,6 +245,18 @@ def test_missing_path(tmp_path):
         read_checkpoint(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\x00b"], ids=["too long", "with NUL"])
+def test_impossible_path(tmp_path, name):
+    with pytest.raises(CheckpointError, match="cannot be read|does not exist"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_unreadable_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_missing_shards_are_listed(tmp_path, index):
     shard(tmp_path, [{f"t{i}": torch.zeros(1)} for i in range(4)], index=index)
