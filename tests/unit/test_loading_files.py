@@ -247,7 +247,7 @@ def test_missing_path(tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\x00b"], ids=["too long", "with NUL"])
 def test_impossible_path(tmp_path, name):
-    with pytest.raises(CheckpointError, match="cannot be read|does not exist"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|does not exist"):
         read_checkpoint(tmp_path / name)
 
 
