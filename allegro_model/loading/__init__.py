@@ -1,19 +1,12 @@
 """Checkpoints: finding files, recognising them, building models from them."""
 
-from .build import (
-    Source,
-    bundled_model,
-    check_tensors,
-    load_dit,
-    load_sampling_defaults,
-    load_vae,
-    open_source,
-    read_tensors,
-)
+from .build import load_dit, load_vae
+from .defaults import bundled_model, load_sampling_defaults
 from .describe import describe
 from .detect import CheckpointInfo, identify
 from .dimensions import dit_config_from_shapes, preset_name, t5_config_from_shapes, vae_config_from_shapes
 from .files import Checkpoint, Header, is_snapshot, map_tensors, read_checkpoint, read_header
+from .source import Source, check_tensors, open_source, read_tensors
 
 __all__ = [
     "Checkpoint",

@@ -1,0 +1,63 @@
+"""What a model was made for, and the models that come with the package."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..config import PRESETS, SAMPLING_88X720P, SamplingConfig
+from ..errors import CheckpointError, UnsupportedCheckpoint
+from .dimensions import dit_config_from_shapes, preset_name
+from .files import read_json
+from .source import config_of, open_source
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+def load_sampling_defaults(path: str | Path) -> SamplingConfig:
+    """The settings a model was made for.
+
+    Args:
+        path: the root of a model snapshot, or a transformer.
+    Returns:
+        "allegro_sampling" of the snapshot's model_index.json; else those of the released model with the same
+        transformer config; else the released ones at the size the transformer was trained for.
+    Raises:
+        CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or a setting of a wrong type.
+    """
+    index = Path(path) / "model_index.json"
+    stated = read_json(index).get("allegro_sampling") if index.is_file() else None
+    if stated is not None:
+        return _sampling_from(stated, index)
+    config = config_of(open_source(path, "allegro-dit", subfolder="transformer"), dit_config_from_shapes)
+    if name := preset_name(config):
+        return PRESETS[name].sampling
+    # 8 pixels and 4 frames per latent cell
+    return replace(SAMPLING_88X720P, width=config.sample_size[1] * 8, height=config.sample_size[0] * 8,
+                   num_frames=config.sample_size_t * 4)
+
+
+def bundled_model(name: str) -> Path:
+    """The folder of a model that comes with the package, e.g. `bundled_model("tiny")`.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    present = sorted(entry.name for entry in ASSETS.iterdir() if entry.is_dir()) if ASSETS.is_dir() else []
+    if name not in present:
+        raise CheckpointError(f"there is no bundled model {name!r}, expected one of: {', '.join(present) or 'none'}. "
+                              "Give one of these, or the folder of a downloaded model.")
+    return ASSETS / name
+
+
+def _sampling_from(stated: Any, path: Path) -> SamplingConfig:
+    if not isinstance(stated, dict):
+        raise UnsupportedCheckpoint(f"{path}: allegro_sampling is {stated!r}, expected a table. Download the file again.")
+    for name, released in SAMPLING_88X720P.to_dict().items():
+        value = stated.get(name, released)
+        fits = type(value) is type(released) or (isinstance(released, float) and type(value) is int)
+        if not fits:
+            raise UnsupportedCheckpoint(f"{path}: {name} is {value!r}, expected a value of type {type(released).__name__}. "
+                                        "Correct the file or download it again.")
+    return SamplingConfig.from_dict(stated)

@@ -1,0 +1,161 @@
+"""A checkpoint that is known to be of the wanted family: checked by its headers, then read under our names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
+from . import keymaps
+from .detect import MARKS, CheckpointInfo, identify
+from .files import Header, map_tensors, read_header
+from .quant import check_storage, common_dtype, companions, dequantise
+
+Config = TypeVar("Config")
+
+_SHOWN = 8  # names per list in a message
+_BATCH_BYTES = 512 * 2**20  # mapped at a time while weights are converted
+
+WANTED = {
+    "allegro-dit": "an Allegro text-to-video transformer (transformer/ of rhymes-ai/Allegro)",
+    "allegro-vae": "the Allegro VideoVAE (vae/ of rhymes-ai/Allegro)",
+    "t5-encoder": "a T5 v1.1 text encoder (text_encoder/ of rhymes-ai/Allegro, or any T5 v1.1 XXL encoder)",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint of a known family, its tensors under our names; nothing but headers has been read.
+
+    Attributes:
+        path: as the user gave it, for messages.
+        header: of the files.
+        info: what the checkpoint is (of a bundle: the part that was asked for).
+        names: our name -> name in the file.
+        shapes: our name -> shape, as our modules have it.
+    """
+
+    path: Path
+    header: Header
+    info: CheckpointInfo
+    names: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def open_source(path: str | Path, family: str, *, subfolder: str | None = None) -> Source:
+    """Reads the headers of a checkpoint and makes sure that it is of a family.
+
+    Args:
+        path: as in `load_dit`.
+        family: "allegro-dit", "allegro-vae" or "t5-encoder".
+        subfolder: component of a model snapshot.
+    Raises:
+        CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`.
+    """
+    header = read_header(path, subfolder=subfolder)
+    info = identify(header.shapes, dtypes=header.dtypes, metadata=header.metadata, config=header.config)
+    found = next((part for part in (info, *info.parts) if part.family == family), None)
+    if found is None:
+        raise UnsupportedCheckpoint(f"{path} is {with_article(info.title)}; expected {WANTED[family]}. {_lists(header, family)} "
+                                    "Choose another file.")
+    if found.variant == "ti2v":
+        raise UnsupportedCheckpoint(f"{path} is an {found.title}, the image-to-video variant, whose input is a video, a masked "
+                                    f"video and a mask; expected {WANTED[family]}. Choose the text-to-video model.")
+    if info.parts:
+        header = replace(header, config=None)  # of a file with several models it cannot be told whose config that is
+    group = keymaps.split_prefixes(header.shapes)[found.prefix]
+    names = keymaps.native_names(group, family)
+    shapes = {ours: keymaps.native_shape(ours, header.tensors[name].shape, family) for ours, name in names.items()}
+    check_storage({name: header.tensors[name] for name in names.values()})
+    return Source(Path(path), header, found, names, shapes)
+
+
+def config_of(source: Source, derive: Callable[..., Config]) -> Config:
+    """The configuration of a source.
+
+    Args:
+        source: of `open_source`.
+        derive: `dit_config_from_shapes` or one of its kind; its errors get the path in front.
+    """
+    try:
+        return derive(source.shapes, source.header.config)
+    except CheckpointError as error:
+        raise type(error)(f"{source.path}: {error}") from error
+
+
+def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, what: str) -> None:
+    """Compares names and shapes strictly.
+
+    Args:
+        expected: of our module.
+        found: of the checkpoint, under our names.
+        what: begins the message, e.g. "FILE, an Allegro VideoVAE,".
+    Raises:
+        CheckpointMismatch: with the sorted, shortened lists of what is missing, unexpected and of another shape.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    reshaped = [f"{name} is {list(found[name])}, expected {list(expected[name])}"
+                for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
+    lists = [f"{label} ({len(names)}): {_shorten(names)}." for label, names in
+             (("Missing", missing), ("Unexpected", unexpected), ("Other shapes", reshaped)) if names]
+    if lists:
+        raise CheckpointMismatch(f"{what} does not fit: {len(found)} tensors found, {len(expected)} expected. "
+                                 f"{' '.join(lists)} The file is damaged or was changed; download it again.")
+
+
+def read_tensors(source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of a source under our names.
+
+    Args:
+        source: of `open_source`.
+        device: where they go; on the CPU and in the stored type they stay mapped.
+        dtype: their type; default the one most of them are stored in, bfloat16 for float8 files.
+    """
+    target = dtype or common_dtype({name: source.header.tensors[name] for name in source.names.values()})
+    state: dict[str, Tensor] = {}
+    for batch in _batches(source):
+        wanted = {name for original in batch.values() for name in (original, *companions(original))}
+        mapped = map_tensors(source.header, only=wanted.__contains__)
+        for ours, name in batch.items():
+            tensor = dequantise(name, mapped[name], mapped, target)
+            state[ours] = keymaps.native_tensor(ours, tensor, source.info.family).to(device)
+    return state
+
+
+def _batches(source: Source) -> Iterator[dict[str, str]]:
+    """{our name: name in the file} in portions; pages that were only read to be converted are let go after each."""
+    batch: dict[str, str] = {}
+    size = 0
+    for ours, name in source.names.items():
+        batch[ours] = name
+        size += source.header.tensors[name].num_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    yield batch
+
+
+# Words
+
+
+def with_article(title: str) -> str:
+    """"an Allegro VideoVAE"."""
+    if title.startswith(("a ", "an ", "the ", "several ")):
+        return title
+    return f"an {title}" if title[0] in "AE" else f"a {title}"
+
+
+def _lists(header: Header, family: str) -> str:
+    return (f"It holds {len(header.tensors)} tensors: {_shorten(sorted(header.tensors))}. "
+            f"Expected tensors such as: {_shorten(MARKS[family])}.")
+
+
+def _shorten(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else "")
