@@ -42,7 +42,7 @@ def _fix_line(line: str) -> str:
     # One repair can bring out another; the bound is for hostile input.
     for _ in range(_MAX_ROUNDS):
         fixed = repair_mojibake(line).translate(_replacements())
-        fixed = _join_surrogates(_LINE_BREAK.sub("\n", fixed))
+        fixed = join_surrogates(_LINE_BREAK.sub("\n", fixed))
         fixed = _TERMINAL_ESCAPE.sub("", fixed).translate(dict.fromkeys(_INVISIBLE))
         fixed = unicodedata.normalize("NFC", fixed)
         if fixed == line:
@@ -60,7 +60,7 @@ def _replacements() -> dict[int, str]:
     return table | {code: table.get(ord(char), char) for code, char in control_characters().items()}
 
 
-def _join_surrogates(text: str) -> str:
+def join_surrogates(text: str) -> str:
     """Pairs of surrogates become their character, single ones U+FFFD."""
     if text.isascii():
         return text
