@@ -53,9 +53,12 @@ def _scene_cases(kind: str, count: int, rng: np.random.Generator) -> list[Case]:
     cases: list[Case] = []
     while len(cases) < count:
         attributes = draw_attributes(rng)
-        if attributes["kind"] == kind:
-            number = 2000 + len(cases)
-            cases.append(Case(write_caption(attributes, rng, held_out=True), number, attributes))
+        if attributes["kind"] != kind:
+            continue
+        try:
+            cases.append(Case(write_caption(attributes, rng, held_out=True), 2000 + len(cases), attributes))
+        except LookupError:  # every wording of these attributes is in the training part
+            continue
     return cases
 
 
