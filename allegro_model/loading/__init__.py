@@ -1,6 +1,6 @@
 """Checkpoints: finding files, recognising them, building models from them."""
 
-from .build import load_dit, load_vae
+from .build import load_dit, load_text_encoder, load_vae
 from .defaults import bundled_model, load_sampling_defaults
 from .describe import describe
 from .detect import CheckpointInfo, identify
@@ -21,6 +21,7 @@ __all__ = [
     "is_snapshot",
     "load_dit",
     "load_sampling_defaults",
+    "load_text_encoder",
     "load_vae",
     "map_tensors",
     "open_source",

@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ..config import DiTConfig, VAEConfig
+from ..config import SAMPLING_88X720P, DiTConfig, VAEConfig
 from ..dit import AllegroDiT
-from ..errors import CheckpointMismatch
+from ..errors import CheckpointError, CheckpointMismatch
+from ..text import TextEncoder, build_text_encoder, has_tokenizer
 from ..vae import VideoVAE
-from .dimensions import dit_config_from_shapes, vae_config_from_shapes
+from .defaults import stated_text_length
+from .dimensions import dit_config_from_shapes, t5_config_from_shapes, t5_shapes, vae_config_from_shapes
 from .source import Source, check_tensors, config_of, open_source, read_tensors, with_article
 
 Part = Literal["full", "encoder", "decoder"]
@@ -74,7 +76,45 @@ def load_vae(
     return _fill(VideoVAE(config, part=part, operations=operations, device="meta"), source, device, dtype)
 
 
+def load_text_encoder(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.bfloat16,
+    max_length: int | None = None,
+    tokenizer: str | Path | None = None,
+) -> TextEncoder:
+    """Loads a T5 v1.1 text encoder and its tokenizer.
+
+    Args:
+        path, device: as in `load_dit`.
+        dtype: type of the weights, the reference's bfloat16 by default; None for the stored one. float16
+            overflows in T5.
+        max_length: tokens per text; default what the model's model_index.json says, else 512.
+        tokenizer: folder of the tokenizer; default tokenizer/ in or beside `path`, or `path` itself.
+    Raises:
+        CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or there is no tokenizer.
+        MissingDependency: transformers is not installed.
+    """
+    folder = Path(tokenizer) if tokenizer is not None else _find_tokenizer(Path(path))
+    source = open_source(path, "t5-encoder", subfolder="text_encoder")
+    config = config_of(source, t5_config_from_shapes)
+    check_tensors(t5_shapes(config), source.shapes, what=f"{path}, {with_article(source.info.title)},")
+    max_length = max_length or stated_text_length(Path(path)) or SAMPLING_88X720P.text_length
+    return build_text_encoder(config, read_tensors(source, device=device, dtype=dtype), folder, max_length=max_length)
+
+
 # Steps of a load
+
+
+def _find_tokenizer(path: Path) -> Path:
+    folder = path if path.is_dir() else path.parent
+    places = (folder / "tokenizer", folder, folder.parent / "tokenizer")
+    for place in places:
+        if has_tokenizer(place):
+            return place
+    raise CheckpointError(f"no tokenizer for {path}: looked in {', '.join(map(str, places))} for spiece.model or tokenizer.json. "
+                          "Download the folder tokenizer/ of the model and put it beside the text encoder.")
 
 
 def _half(source: Source, part: Part) -> Source:

@@ -26,16 +26,22 @@ def load_sampling_defaults(path: str | Path) -> SamplingConfig:
     Raises:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or a setting of a wrong type.
     """
-    index = Path(path) / "model_index.json"
-    stated = read_json(index).get("allegro_sampling") if index.is_file() else None
+    stated = _stated(Path(path))
     if stated is not None:
-        return _sampling_from(stated, index)
+        return stated
     config = config_of(open_source(path, "allegro-dit", subfolder="transformer"), dit_config_from_shapes)
     if name := preset_name(config):
         return PRESETS[name].sampling
     # 8 pixels and 4 frames per latent cell
     return replace(SAMPLING_88X720P, width=config.sample_size[1] * 8, height=config.sample_size[0] * 8,
                    num_frames=config.sample_size_t * 4)
+
+
+def stated_text_length(path: Path) -> int | None:
+    """Tokens per text of the model that a snapshot, or one of its parts, belongs to; None if it does not say."""
+    roots = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
+    found = next((stated for stated in map(_stated, roots) if stated is not None), None)
+    return found.text_length if found is not None else None
 
 
 def bundled_model(name: str) -> Path:
@@ -51,7 +57,12 @@ def bundled_model(name: str) -> Path:
     return ASSETS / name
 
 
-def _sampling_from(stated: Any, path: Path) -> SamplingConfig:
+def _stated(root: Path) -> SamplingConfig | None:
+    """"allegro_sampling" of model_index.json, None if there is none."""
+    path = root / "model_index.json"
+    stated: Any = read_json(path).get("allegro_sampling") if path.is_file() else None
+    if stated is None:
+        return None
     if not isinstance(stated, dict):
         raise UnsupportedCheckpoint(f"{path}: allegro_sampling is {stated!r}, expected a table. Download the file again.")
     for name, released in SAMPLING_88X720P.to_dict().items():
