@@ -11,10 +11,6 @@ POSITIVE_TEMPLATE = (
     "emotional, harmonious, vignette, 4k epic detailed, shot on kodak, 35mm photo, \n"
     "sharp focus, high budget, cinemascope, moody, epic, gorgeous\n"
 )
-DEFAULT_NEGATIVE = (
-    "\nnsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
-    "worst quality, \nlow quality, normal quality, jpeg artifacts, signature, watermark, username, blurry.\n"
-)
 
 
 def format_prompt(text: str, *, template: bool = True, clean: bool = True) -> str:

@@ -1,0 +1,169 @@
+"""The pipeline from prompt to frames with the bundled model, in few steps."""
+
+import math
+
+import pytest
+import torch
+
+from allegro_model import AllegroPipeline, memory, pipeline
+from allegro_model.errors import (
+    CheckpointError,
+    GeometryError,
+    NonFiniteError,
+    NotEnoughMemory,
+    ScheduleError,
+    UnsupportedCheckpoint,
+)
+from allegro_model.latents import pack_latents, pack_state, read_latents, read_state
+from allegro_model.sampling import SAMPLERS
+
+pytest.importorskip("transformers", reason="the text encoder needs transformers (extra: standalone)")
+
+PROMPT = "a red circle moves to the right on a blue background"
+SMALL = {"width": 64, "height": 48, "num_frames": 8, "num_steps": 4, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return AllegroPipeline.from_pretrained("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return tiny.encode_prompt(PROMPT, guidance_scale=3.0)
+
+
+def run(tiny, prompts, **overrides):
+    settings = tiny.settings(**{**SMALL, **overrides})
+    return tiny.raw_latents(tiny.sample(prompts, tiny.start(settings)))
+
+
+def test_a_call_returns_frames_of_the_size_asked_for(tiny):
+    frames = tiny(PROMPT, **SMALL)
+    assert frames.shape == (1, 3, 8, 48, 64)
+    assert frames.min() >= -1
+    assert frames.max() <= 1
+
+
+def test_the_same_seed_gives_the_same_and_another_seed_another(tiny, prompts):
+    first = run(tiny, prompts)
+    assert torch.equal(first, run(tiny, prompts))
+    assert not torch.allclose(first, run(tiny, prompts, seed=8), atol=0.1)
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_a_run_saved_half_way_and_resumed_equals_one_run(tiny, prompts, sampler, tmp_path):
+    whole = run(tiny, prompts, sampler=sampler)
+    settings = tiny.settings(**SMALL, sampler=sampler)
+    half = tiny.sample(prompts, tiny.start(settings), stop=2)
+    assert not half.finished
+    file = tmp_path / "half.safetensors"
+    file.write_bytes(pack_state(half, {"prompt": PROMPT}))
+    state, metadata = read_state(file)
+    assert metadata["prompt"] == PROMPT
+    assert torch.equal(tiny.raw_latents(tiny.sample(prompts, state)), whole)
+
+
+def test_unfinished_runs_are_not_decoded(tiny, prompts, tmp_path):
+    half = tiny.sample(prompts, tiny.start(tiny.settings(**SMALL)), stop=1)
+    with pytest.raises(ScheduleError, match="1 of 4 steps"):
+        tiny.raw_latents(half)
+    file = tmp_path / "half.safetensors"
+    file.write_bytes(pack_state(half, {}))
+    with pytest.raises(UnsupportedCheckpoint, match=r"stopped after step 1.*--resume"):
+        read_latents(file)
+
+
+def test_latent_files_hold_what_comfyui_reads(tmp_path):
+    from safetensors.torch import load_file
+
+    latents = torch.randn(1, 4, 2, 6, 8)
+    file = tmp_path / "clip.safetensors"
+    file.write_bytes(pack_latents(latents, {"seed": 1}))
+    assert set(load_file(file)) == {"latent_tensor", "latent_format_version_0"}
+    read, metadata = read_latents(file)
+    assert torch.equal(read, latents)
+    assert metadata == {"seed": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\x80\x04pickle" * 10])
+def test_wrong_latent_files_are_named(tmp_path, content):
+    file = tmp_path / "clip.safetensors"
+    file.write_bytes(content)
+    for read in (read_latents, read_state):
+        with pytest.raises(UnsupportedCheckpoint, match=r"clip.safetensors.*[Ee]xpected"):
+            read(file)
+
+
+def test_low_denoise_stays_near_the_given_clip(tiny, prompts):
+    frames = torch.linspace(-0.5, 0.5, 64).expand(1, 3, 8, 48, 64).contiguous()
+    start = tiny.encode(frames)
+    distances = []
+    for denoise in (0.05, 0.8):
+        state = tiny.start(tiny.settings(**SMALL, denoise=denoise), start)
+        distances.append((tiny.raw_latents(tiny.sample(prompts, state)) - start).pow(2).mean().item())
+    assert distances[0] < 0.5 * distances[1]
+
+
+def test_denoise_below_one_needs_something_to_start_from(tiny):
+    with pytest.raises(ScheduleError, match="needs frames or latents"):
+        tiny.start(tiny.settings(**SMALL, denoise=0.5))
+
+
+def test_init_latents_of_another_size_are_refused(tiny):
+    with pytest.raises(GeometryError, match=r"\[1, 4, 2, 6, 10\]: expected \[1, 4, 2, 6, 8\]"):
+        tiny.start(tiny.settings(**SMALL, denoise=0.5), torch.zeros(1, 4, 2, 6, 10))
+
+
+def test_cancelling_in_a_step_leaves_the_pipeline_usable(tiny, prompts):
+    class Stop(Exception):
+        pass
+
+    def callback(info):
+        if info.step == 2:
+            raise Stop
+
+    before = run(tiny, prompts)
+    with pytest.raises(Stop):
+        tiny.sample(prompts, tiny.start(tiny.settings(**SMALL)), callback=callback)
+    assert torch.equal(run(tiny, prompts), before)
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), [
+    ({"num_steps": 0}, ScheduleError, "num_steps=0"),
+    ({"guidance_scale": math.nan}, ScheduleError, "finite"),
+    ({"sampler": "magic"}, ScheduleError, "must be one of euler_ancestral"),
+    ({"seed": -1}, ScheduleError, "seed=-1"),
+    ({"width": 100}, GeometryError, "96 or 112"),
+    ({"num_frames": 0}, GeometryError, "nearest: 4"),
+])
+def test_bad_settings_are_refused_before_anything_is_loaded(settings, error, message, monkeypatch):
+    for loader in ("load_dit", "load_vae", "load_text_encoder"):
+        monkeypatch.setattr(pipeline, loader, lambda *a, **k: pytest.fail("weights were touched"))
+    with pytest.raises(error, match=message):
+        AllegroPipeline.from_pretrained("tiny", device="cpu")(PROMPT, **settings)
+
+
+def test_a_clip_that_cannot_fit_is_refused_before_allocation(tiny, monkeypatch):
+    huge = tiny.settings(width=8192, height=8192, num_frames=4096)
+    with pytest.raises(NotEnoughMemory, match=r"needs about \d+\.\d GiB.*fewer frames"):
+        tiny.check_memory(huge)
+    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 1 << 20)
+    with pytest.raises(NotEnoughMemory):
+        tiny.check_memory(tiny.settings(width=1280, height=720, num_frames=88))
+
+
+def test_nan_is_reported_with_its_step(tiny, prompts, monkeypatch):
+    monkeypatch.setattr(type(tiny.dit), "denoise", lambda self, x, t, p: x * math.nan)
+    with pytest.raises(NonFiniteError, match="step 1 of 4"):
+        run(tiny, prompts)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        AllegroPipeline.from_pretrained(tmp_path)
+
+
+def test_memory_is_known_on_this_machine():
+    cpu = torch.device("cpu")
+    assert 0 < memory.free_bytes(cpu) <= memory.total_bytes(cpu)
