@@ -3,6 +3,7 @@
 The authors say that neither text was part of the training: both are offers, never forced.
 """
 
+from ..config import DEFAULT_NEGATIVE_PROMPT as DEFAULT_NEGATIVE
 from .cleaning import apply_rules, check_length
 
 # Source: the official inference scripts.
