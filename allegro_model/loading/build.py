@@ -70,8 +70,10 @@ def load_vae(
     if part != "full":
         source = _half(source, part)
     elif source.info.variant != "full":
-        raise CheckpointMismatch(f"{path} is {with_article(source.info.title)}; expected encoder and decoder. Load it "
-                                 f"with part={source.info.variant!r}, or use the file with both halves.")
+        raise CheckpointMismatch(
+            f"{path} is {with_article(source.info.title)}; expected encoder and decoder. Load it "
+            f"with part={source.info.variant!r}, or use the file with both halves."
+        )
     config = config or config_of(source, vae_config_from_shapes)
     return _fill(VideoVAE(config, part=part, operations=operations, device="meta"), source, device, dtype)
 
@@ -93,7 +95,8 @@ def load_text_encoder(
         max_length: tokens per text; default what the model's model_index.json says, else 512.
         tokenizer: folder of the tokenizer; default tokenizer/ in or beside `path`, or `path` itself.
     Raises:
-        CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or there is no tokenizer.
+        CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or no
+            tokenizer is there.
         MissingDependency: transformers is not installed.
     """
     folder = Path(tokenizer) if tokenizer is not None else _find_tokenizer(Path(path))
@@ -101,7 +104,9 @@ def load_text_encoder(
     config = config_of(source, t5_config_from_shapes)
     check_tensors(t5_shapes(config), source.shapes, what=f"{path}, {with_article(source.info.title)},")
     max_length = max_length or stated_text_length(Path(path)) or SAMPLING_88X720P.text_length
-    return build_text_encoder(config, read_tensors(source, device=device, dtype=dtype), folder, max_length=max_length)
+    return build_text_encoder(
+        config, read_tensors(source, device=device, dtype=dtype), folder, max_length=max_length
+    )
 
 
 # Steps of a load
@@ -113,21 +118,27 @@ def _find_tokenizer(path: Path) -> Path:
     for place in places:
         if has_tokenizer(place):
             return place
-    raise CheckpointError(f"no tokenizer for {path}: looked in {', '.join(map(str, places))} for spiece.model or tokenizer.json. "
-                          "Download the folder tokenizer/ of the model and put it beside the text encoder.")
+    raise CheckpointError(
+        f"no tokenizer for {path}: looked in {', '.join(map(str, places))} for spiece.model or "
+        "tokenizer.json. Download the folder tokenizer/ of the model and put it beside the text encoder."
+    )
 
 
 def _half(source: Source, part: Part) -> Source:
     prefixes = ("encoder.", "quant_conv.") if part == "encoder" else ("decoder.", "post_quant_conv.")
     other = ("decoder.", "post_quant_conv.") if part == "encoder" else ("encoder.", "quant_conv.")
     if not any(name.startswith(prefixes) for name in source.names):
-        raise CheckpointMismatch(f"{source.path} is {with_article(source.info.title)}; expected the {part}. Use the file with "
-                                 "both halves.")
+        raise CheckpointMismatch(
+            f"{source.path} is {with_article(source.info.title)}; expected the {part}. Use the file with "
+            "both halves."
+        )
     names = {ours: name for ours, name in source.names.items() if not ours.startswith(other)}
     return replace(source, names=names, shapes={ours: source.shapes[ours] for ours in names})
 
 
-def _fill(model: AnyModule, source: Source, device: torch.device | str, dtype: torch.dtype | None) -> AnyModule:
+def _fill(
+    model: AnyModule, source: Source, device: torch.device | str, dtype: torch.dtype | None
+) -> AnyModule:
     """Compares a model on the meta device with its checkpoint, and gives it the tensors."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors(expected, source.shapes, what=f"{source.path}, {with_article(source.info.title)},")

@@ -24,7 +24,8 @@ def load_sampling_defaults(path: str | Path) -> SamplingConfig:
         "allegro_sampling" of the snapshot's model_index.json; else those of the released model with the same
         transformer config; else the released ones at the size the transformer was trained for.
     Raises:
-        CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or a setting of a wrong type.
+        CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or a setting has a
+            wrong type.
     """
     stated = _stated(Path(path))
     if stated is not None:
@@ -33,12 +34,16 @@ def load_sampling_defaults(path: str | Path) -> SamplingConfig:
     if name := preset_name(config):
         return PRESETS[name].sampling
     # 8 pixels and 4 frames per latent cell
-    return replace(SAMPLING_88X720P, width=config.sample_size[1] * 8, height=config.sample_size[0] * 8,
-                   num_frames=config.sample_size_t * 4)
+    return replace(
+        SAMPLING_88X720P,
+        width=config.sample_size[1] * 8,
+        height=config.sample_size[0] * 8,
+        num_frames=config.sample_size_t * 4,
+    )
 
 
 def stated_text_length(path: Path) -> int | None:
-    """Tokens per text of the model that a snapshot, or one of its parts, belongs to; None if it does not say."""
+    """Tokens per text of the model that a path belongs to, root or part; None if it does not say."""
     roots = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
     found = next((stated for stated in map(_stated, roots) if stated is not None), None)
     return found.text_length if found is not None else None
@@ -52,23 +57,29 @@ def bundled_model(name: str) -> Path:
     """
     present = sorted(entry.name for entry in ASSETS.iterdir() if entry.is_dir()) if ASSETS.is_dir() else []
     if name not in present:
-        raise CheckpointError(f"there is no bundled model {name!r}, expected one of: {', '.join(present) or 'none'}. "
-                              "Give one of these, or the folder of a downloaded model.")
+        raise CheckpointError(
+            f"there is no bundled model {name!r}, expected one of: {', '.join(present) or 'none'}. "
+            "Give one of these, or the folder of a downloaded model."
+        )
     return ASSETS / name
 
 
 def _stated(root: Path) -> SamplingConfig | None:
-    """"allegro_sampling" of model_index.json, None if there is none."""
+    """ "allegro_sampling" of model_index.json, None if there is none."""
     path = root / "model_index.json"
     stated: Any = read_json(path).get("allegro_sampling") if path.is_file() else None
     if stated is None:
         return None
     if not isinstance(stated, dict):
-        raise UnsupportedCheckpoint(f"{path}: allegro_sampling is {stated!r}, expected a table. Download the file again.")
+        raise UnsupportedCheckpoint(
+            f"{path}: allegro_sampling is {stated!r}, expected a table. Download the file again."
+        )
     for name, released in SAMPLING_88X720P.to_dict().items():
         value = stated.get(name, released)
         fits = type(value) is type(released) or (isinstance(released, float) and type(value) is int)
         if not fits:
-            raise UnsupportedCheckpoint(f"{path}: {name} is {value!r}, expected a value of type {type(released).__name__}. "
-                                        "Correct the file or download it again.")
+            raise UnsupportedCheckpoint(
+                f"{path}: {name} is {value!r}, expected a value of type {type(released).__name__}. "
+                "Correct the file or download it again."
+            )
     return SamplingConfig.from_dict(stated)

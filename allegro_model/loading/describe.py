@@ -20,8 +20,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     Returns:
         JSON-able. Of a checkpoint: path, family, variant, title, dtypes, parameters, bytes, tensors, files,
         metadata, config (None where there is none), parts (of a bundle); of a transformer with a config also
-        preset and trained_size ({"num_frames", "height", "width"}). Of a snapshot: path, family "snapshot", title,
-        bytes, sampling (its "allegro_sampling" or None) and components {name: description}, in which a
+        preset and trained_size ({"num_frames", "height", "width"}). Of a snapshot: path, family "snapshot",
+        title, bytes, sampling (its "allegro_sampling" or None) and components {name: description}, in which a
         component that cannot be read has a single entry, "error".
     Raises:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as `files.read_header`.
@@ -61,11 +61,15 @@ def _trained_size(header: Header, info: CheckpointInfo) -> dict[str, Any]:
     if info.family != "allegro-dit" or header.config is None:
         return {}
     names = keymaps.native_names(keymaps.split_prefixes(header.shapes)[info.prefix], info.family)
-    config = dit_config_from_shapes({ours: header.shapes[name] for ours, name in names.items()}, header.config)
+    config = dit_config_from_shapes(
+        {ours: header.shapes[name] for ours, name in names.items()}, header.config
+    )
     height, width = config.sample_size
     # 8 pixels and 4 frames per latent cell
-    return {"preset": preset_name(config),
-            "trained_size": {"num_frames": config.sample_size_t * 4, "height": height * 8, "width": width * 8}}
+    return {
+        "preset": preset_name(config),
+        "trained_size": {"num_frames": config.sample_size_t * 4, "height": height * 8, "width": width * 8},
+    }
 
 
 def _describe_snapshot(root: Path) -> dict[str, Any]:
@@ -79,9 +83,13 @@ def _describe_snapshot(root: Path) -> dict[str, Any]:
     for name in ("tokenizer", "scheduler"):
         if (root / name).is_dir():
             files = sorted(file for file in (root / name).iterdir() if file.is_file())
-            components[name] = {"path": str(root / name), "family": name, "title": name,
-                                "bytes": sum(file.stat().st_size for file in files),
-                                "files": [file.name for file in files]}
+            components[name] = {
+                "path": str(root / name),
+                "family": name,
+                "title": name,
+                "bytes": sum(file.stat().st_size for file in files),
+                "files": [file.name for file in files],
+            }
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
     missing = [name for name in (*COMPONENTS, "tokenizer") if name not in components]
     transformer = components.get("transformer", {}).get("title", "a model without a transformer")

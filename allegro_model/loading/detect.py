@@ -14,6 +14,7 @@ import torch
 
 from . import keymaps
 from .dimensions import block_count
+from .other_models import UNKNOWN, other_title
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,8 +28,8 @@ class CheckpointInfo:
     Attributes:
         family: "allegro-dit", "allegro-vae", "t5-encoder", "lora", "ema-vfi", "bundle" (several of them in
             one file) or "unknown".
-        variant: "t2v" or "ti2v" for a transformer, "full", "encoder" or "decoder" for a VAE, the size of a T5,
-            "ours" or "ours_small" for EMA-VFI; None where there is none.
+        variant: "t2v" or "ti2v" for a transformer, "full", "encoder" or "decoder" for a VAE, the size of a
+            T5, "ours" or "ours_small" for EMA-VFI; None where there is none.
         title: one line for people; for unknown files it says what they look like.
         dtypes: storage types, the one with most of the weights first, e.g. ("bfloat16",); empty if not given.
         num_parameters: numbers in the weights.
@@ -70,30 +71,46 @@ def identify(
     if len(parts) == 1:
         found = parts[0]
     else:
-        found = _info("bundle" if known else "unknown", None,
-                      "several models in one file: " + "; ".join(part.title for part in known) if known else
-                      _UNKNOWN, "", {name: name for name in shapes}, shapes, dtypes)
+        found = _info(
+            "bundle" if known else "unknown",
+            None,
+            "several models in one file: " + "; ".join(part.title for part in known) if known else UNKNOWN,
+            "",
+            {name: name for name in shapes},
+            shapes,
+            dtypes,
+        )
         found = replace(found, parts=tuple(known))
     if not shapes:
         return replace(found, title="a file without tensors")
-    if found.title == _UNKNOWN:
+    if found.title == UNKNOWN:
         return replace(found, title=_describe_unknown(metadata or {}, config or {}))
     return found
 
 
-def _identify_group(prefix: str, names: Mapping[str, str], shapes: Shapes,
-                    dtypes: Mapping[str, torch.dtype] | None) -> CheckpointInfo:
-    local = {stripped: shapes[name] for stripped, name in names.items() if not keymaps.is_quant_name(stripped)}
+def _identify_group(
+    prefix: str, names: Mapping[str, str], shapes: Shapes, dtypes: Mapping[str, torch.dtype] | None
+) -> CheckpointInfo:
+    local = {
+        stripped: shapes[name] for stripped, name in names.items() if not keymaps.is_quant_name(stripped)
+    }
     for recognise in _FAMILIES:
         found = recognise(local)
         if found is not None:
             family, variant, title = found
             return _info(family, variant, title, prefix, names, shapes, dtypes)
-    return _info("unknown", None, _other_title(local), prefix, names, shapes, dtypes)
+    return _info("unknown", None, other_title(local), prefix, names, shapes, dtypes)
 
 
-def _info(family: str, variant: str | None, title: str, prefix: str, names: Mapping[str, str], shapes: Shapes,
-          dtypes: Mapping[str, torch.dtype] | None) -> CheckpointInfo:
+def _info(
+    family: str,
+    variant: str | None,
+    title: str,
+    prefix: str,
+    names: Mapping[str, str],
+    shapes: Shapes,
+    dtypes: Mapping[str, torch.dtype] | None,
+) -> CheckpointInfo:
     """Adds the sums; the two names of the T5 embedding are one tensor and count once."""
     tied = "encoder.embed_tokens.weight" if family == "t5-encoder" and "shared.weight" in names else None
     elements: Counter[str] = Counter()
@@ -106,35 +123,52 @@ def _info(family: str, variant: str | None, title: str, prefix: str, names: Mapp
         if dtypes is not None:
             elements[str(dtypes[name]).removeprefix("torch.")] += count
             num_bytes += count * dtypes[name].itemsize
-    return CheckpointInfo(family, variant, title, tuple(kind for kind, _ in elements.most_common()), num_parameters,
-                          num_bytes if dtypes is not None else None, prefix)
+    return CheckpointInfo(
+        family,
+        variant,
+        title,
+        tuple(kind for kind, _ in elements.most_common()),
+        num_parameters,
+        num_bytes if dtypes is not None else None,
+        prefix,
+    )
 
 
 # The families we use
 
 Found = tuple[str, str | None, str]  # family, variant, title
 
-# Names by which a family is known. A transformer that lacks one or two of its own is still recognised, so that the
-# error can say which.
+# Names by which a family is known. A transformer that lacks one or two of its own is still recognised, so that
+# the error can say which.
 MARKS: dict[str, tuple[str, ...]] = {
     "allegro-dit": (
-        "pos_embed.proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight",
-        "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn2.to_q.weight", "scale_shift_table",
+        "pos_embed.proj.weight",
+        "adaln_single.linear.weight",
+        "caption_projection.linear_1.weight",
+        "transformer_blocks.0.attn1.to_q.weight",
+        "transformer_blocks.0.attn2.to_q.weight",
+        "scale_shift_table",
         "proj_out.weight",
     ),
     "allegro-vae": (
-        "encoder.temp_conv_in.weight", "encoder.down_blocks.0.temp_convs.0.conv1.2.weight", "quant_conv.weight",
-        "decoder.temp_conv_in.weight", "decoder.up_blocks.0.temp_convs.0.conv1.2.weight", "post_quant_conv.weight",
+        "encoder.temp_conv_in.weight",
+        "encoder.down_blocks.0.temp_convs.0.conv1.2.weight",
+        "quant_conv.weight",
+        "decoder.temp_conv_in.weight",
+        "decoder.up_blocks.0.temp_convs.0.conv1.2.weight",
+        "post_quant_conv.weight",
     ),
     "t5-encoder": (
-        "shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
-        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", "encoder.final_layer_norm.weight",
+        "shared.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+        "encoder.final_layer_norm.weight",
     ),
 }
 
 
 def _allegro_dit(shapes: Shapes) -> Found | None:
-    foreign = _other_title(shapes) != _UNKNOWN or "pos_embed.pos_embed" in shapes
+    foreign = other_title(shapes) != UNKNOWN or "pos_embed.pos_embed" in shapes
     if foreign or sum(mark in shapes for mark in MARKS["allegro-dit"]) < len(MARKS["allegro-dit"]) - 2:
         return None
     layers = block_count(shapes, "transformer_blocks")
@@ -151,7 +185,11 @@ def _allegro_vae(shapes: Shapes) -> Found | None:
     if not halves:
         return None
     part = "full" if len(halves) == 2 else halves[0]
-    return "allegro-vae", part, "Allegro VideoVAE" if part == "full" else f"Allegro VideoVAE, {part} half only"
+    return (
+        "allegro-vae",
+        part,
+        "Allegro VideoVAE" if part == "full" else f"Allegro VideoVAE, {part} half only",
+    )
 
 
 _T5_SIZES = {512: "small", 768: "base", 1024: "large", 2048: "xl", 4096: "xxl"}
@@ -199,63 +237,8 @@ def _lora_title(shapes: Shapes) -> str | None:
     return None
 
 
-# Other well-known models, so that an error can name them. All names of a row have to be there.
-
-_UNKNOWN = "a file of tensors that is not known here"
-_OTHERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("a Wan video transformer", ("patch_embedding.weight", "blocks.0.self_attn.q.weight")),
-    ("a Wan video transformer", ("patch_embedding.weight", "condition_embedder.time_proj.weight")),
-    ("a HunyuanVideo transformer", ("double_blocks.0.img_attn_qkv.weight",)),
-    ("a HunyuanVideo transformer", ("txt_in.individual_token_refiner.blocks.0.norm1.weight",)),
-    ("a HunyuanVideo transformer", ("context_embedder.token_refiner.refiner_blocks.0.norm1.weight",)),
-    ("a Mochi video transformer", ("pos_frequencies", "blocks.0.attn.qkv_x.weight")),
-    ("a Mochi video transformer", ("pos_frequencies", "transformer_blocks.0.attn1.add_q_proj.weight")),
-    ("a CogVideoX transformer", ("patch_embed.text_proj.weight",)),
-    ("a CogVideoX transformer", ("transformer_blocks.0.norm1.linear.weight", "norm_final.weight")),
-    ("an LTX-Video transformer", ("patchify_proj.weight",)),
-    ("an LTX-Video transformer", ("proj_in.weight", "time_embed.linear.weight", "transformer_blocks.0.attn1.norm_q.weight")),
-    ("a Latte video transformer", ("temporal_transformer_blocks.0.attn1.to_q.weight",)),
-    ("a Qwen-Image transformer", ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")),
-    ("a Flux transformer", ("double_blocks.0.img_attn.qkv.weight",)),
-    ("a Flux transformer", ("single_transformer_blocks.0.proj_mlp.weight", "x_embedder.weight")),
-    ("a Stable Diffusion 3 transformer", ("joint_blocks.0.x_block.attn.qkv.weight",)),
-    ("a Stable Diffusion 3 transformer", ("pos_embed.pos_embed", "transformer_blocks.0.attn.add_k_proj.weight")),
-    ("a Sana transformer", ("caption_norm.weight", "transformer_blocks.0.ff.conv_inverted.weight")),
-    ("a PixArt image transformer", ("adaln_single.emb.resolution_embedder.linear_1.weight",)),
-    ("a PixArt image transformer", ("t_block.1.weight", "y_embedder.y_proj.fc1.weight")),
-    ("a Stable Diffusion XL UNet", ("input_blocks.0.0.weight", "label_emb.0.0.weight")),
-    ("a Stable Diffusion UNet", ("input_blocks.0.0.weight", "middle_block.1.proj_in.weight")),
-    ("a Stable Diffusion XL UNet", ("down_blocks.1.attentions.0.proj_in.weight", "add_embedding.linear_1.weight")),
-    ("a Stable Diffusion UNet", ("down_blocks.0.attentions.0.proj_in.weight", "time_embedding.linear_1.weight")),
-    ("a CLIP text encoder", ("text_model.encoder.layers.0.self_attn.q_proj.weight",)),
-    ("an OpenCLIP text encoder", ("transformer.resblocks.0.attn.in_proj_weight",)),
-    ("an OpenCLIP text encoder", ("resblocks.0.attn.in_proj_weight",)),
-    ("a UMT5 text encoder (used by Wan)", ("token_embedding.weight", "blocks.0.pos_embedding.embedding.weight")),
-    ("a language model", ("model.layers.0.self_attn.q_proj.weight",)),
-    ("the VAE of Wan", ("encoder.downsamples.0.residual.0.gamma",)),
-    ("the VAE of Wan", ("encoder.mid_block.attentions.0.to_qkv.weight", "decoder.norm_out.gamma")),
-    ("the VAE of another video model", ("decoder.conv_in.conv.weight",)),
-    ("an image VAE (Stable Diffusion, Flux)", ("decoder.up.0.block.0.norm1.weight",)),
-    ("an image VAE (Stable Diffusion, Flux)", ("decoder.up_blocks.0.resnets.0.norm1.weight", "decoder.conv_in.weight")),
-    ("a frame interpolation model of another kind (RIFE)", ("block0.conv0.0.0.weight",)),
-)
-
-
-def _other_title(shapes: Shapes) -> str:
-    for title, names in _OTHERS:
-        if all(name in shapes for name in names):
-            return title
-    patch, out = shapes.get("pos_embed.proj.weight", ()), shapes.get("proj_out.weight", ())
-    if "adaln_single.linear.weight" in shapes and len(patch) == 5:
-        return "a transformer of the Open-Sora Plan kind"
-    # The same names as ours, but twice the output channels: it predicts a variance too.
-    if "adaln_single.linear.weight" in shapes and len(patch) == 4 and out and out[0] == 2 * math.prod(patch[1:]):
-        return "a PixArt image transformer"
-    return _UNKNOWN
-
-
 def _describe_unknown(metadata: Mapping[str, str], config: Mapping[str, Any]) -> str:
     """Uses what the file says about itself where the tensors say nothing."""
     claims = (config.get("_class_name"), config.get("model_type"), metadata.get("modelspec.architecture"))
     claim = next((c for c in claims if isinstance(c, str) and c), None)
-    return f"{_UNKNOWN}, it calls itself {json.dumps(claim[:60])}" if claim else _UNKNOWN
+    return f"{UNKNOWN}, it calls itself {json.dumps(claim[:60])}" if claim else UNKNOWN

@@ -44,13 +44,15 @@ def dit_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = No
     patch = _shape(shapes, "pos_embed.proj.weight", 4)
     out = _shape(shapes, "proj_out.weight", 2)
     # One edited tensor must not decide the width of all others.
-    width = _most_common([
-        *patch[:1],
-        *_shape(shapes, "adaln_single.linear.weight", 2)[1:],
-        *_shape(shapes, "caption_projection.linear_2.weight", 2)[:1],
-        *_shape(shapes, blocks + "attn1.to_q.weight", 2)[:1],
-        *_shape(shapes, blocks + "attn2.to_out.0.weight", 2)[:1],
-    ])
+    width = _most_common(
+        [
+            *patch[:1],
+            *_shape(shapes, "adaln_single.linear.weight", 2)[1:],
+            *_shape(shapes, "caption_projection.linear_2.weight", 2)[:1],
+            *_shape(shapes, blocks + "attn1.to_q.weight", 2)[:1],
+            *_shape(shapes, blocks + "attn2.to_out.0.weight", 2)[:1],
+        ]
+    )
     found: dict[str, int] = {}
     if layers := block_count(shapes, "transformer_blocks"):
         found["num_layers"] = layers
@@ -61,8 +63,10 @@ def dit_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = No
     if caption := _shape(shapes, "caption_projection.linear_1.weight", 2):
         found["caption_channels"] = caption[1]
     if config is None:
-        logger.warning("No config.json with this transformer: its positions are scaled as in the released "
-                       "88-frame 720p model. Put its config.json beside the weights if it is another one.")
+        logger.warning(
+            "No config.json with this transformer: its positions are scaled as in the released "
+            "88-frame 720p model. Put its config.json beside the weights if it is another one."
+        )
     stated = dict(config or {})
     _refuse_contradictions(stated, found)
     return _from_dict(DiTConfig, stated | found | _heads(stated, width))
@@ -75,16 +79,20 @@ def _heads(stated: Mapping[str, Any], width: int | None) -> dict[str, int]:
     heads, dim = stated.get("num_attention_heads"), stated.get("attention_head_dim")
     if isinstance(heads, int) and isinstance(dim, int):
         if heads * dim != width:
-            raise CheckpointMismatch(f"the tensors are {width} wide, the config says {heads} heads of {dim} = "
-                                     f"{heads * dim}. Put the config.json of these weights beside them.")
+            raise CheckpointMismatch(
+                f"the tensors are {width} wide, the config says {heads} heads of {dim} = "
+                f"{heads * dim}. Put the config.json of these weights beside them."
+            )
     elif isinstance(heads, int) and heads > 0 and width % heads == 0:
         dim = width // heads
     elif width % RELEASED_HEAD_DIM == 0:
         heads, dim = width // RELEASED_HEAD_DIM, RELEASED_HEAD_DIM
     else:
-        raise UnsupportedCheckpoint(f"the tensors are {width} wide, which is no multiple of {RELEASED_HEAD_DIM}, the width "
-                                    "of the heads of the released models, and no config.json states another. Put "
-                                    "its config.json beside the weights.")
+        raise UnsupportedCheckpoint(
+            f"the tensors are {width} wide, which is no multiple of {RELEASED_HEAD_DIM}, the width "
+            "of the heads of the released models, and no config.json states another. Put "
+            "its config.json beside the weights."
+        )
     return {"num_attention_heads": heads, "attention_head_dim": dim}
 
 
@@ -109,8 +117,10 @@ def vae_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = No
     result = _from_dict(VAEConfig, _other_half(found) | stated | found)
     for groups in {result.norm_num_groups, result.temporal_norm_num_groups}:
         if groups < 1 or any(c % groups for c in result.block_out_channels):
-            raise UnsupportedCheckpoint(f"levels of {list(result.block_out_channels)} channels do not divide into {groups} "
-                                        "groups. Put the config.json of this VAE beside its weights.")
+            raise UnsupportedCheckpoint(
+                f"levels of {list(result.block_out_channels)} channels do not divide into {groups} "
+                "groups. Put the config.json of this VAE beside its weights."
+            )
     return result
 
 
@@ -128,7 +138,9 @@ def _encoder_sizes(shapes: Shapes) -> dict[str, Any]:
     found: dict[str, Any] = {
         "block_out_channels": [shape[0] for shape in channels],
         "layers_per_block": block_count(shapes, "encoder.down_blocks.0.resnets"),
-        "temporal_down": [f"encoder.down_blocks.{i}.temp_convs_down.conv1.2.weight" in shapes for i in range(levels)],
+        "temporal_down": [
+            f"encoder.down_blocks.{i}.temp_convs_down.conv1.2.weight" in shapes for i in range(levels)
+        ],
     }
     if moments := _shape(shapes, "encoder.conv_out.weight", 4):
         found["latent_channels"] = moments[0] // 2
@@ -143,7 +155,9 @@ def _decoder_sizes(shapes: Shapes) -> dict[str, Any]:
     found: dict[str, Any] = {
         "block_out_channels": [shape[0] for shape in reversed(channels)],
         "layers_per_block": block_count(shapes, "decoder.up_blocks.0.resnets") - 1,
-        "temporal_up": [f"decoder.up_blocks.{i}.temp_conv_up.conv1.2.weight" in shapes for i in range(levels)],
+        "temporal_up": [
+            f"decoder.up_blocks.{i}.temp_conv_up.conv1.2.weight" in shapes for i in range(levels)
+        ],
     }
     if latents := _shape(shapes, "decoder.conv_in.weight", 4):
         found["latent_channels"] = latents[1]
@@ -167,23 +181,32 @@ def t5_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = Non
 
     Args:
         shapes: our tensor names -> shapes.
-        config: a config.json; what shapes cannot tell (epsilon, token ids, ...) comes from it, else from T5 v1.1.
+        config: a config.json; what shapes cannot tell (epsilon, token ids, ...) comes from it, else from
+            T5 v1.1.
     Raises:
-        CheckpointMismatch: `config` states a size that the tensors contradict, or a tensor that tells sizes is
-            missing.
+        CheckpointMismatch: `config` states a size that the tensors contradict, or a tensor that tells sizes
+            is missing.
     """
     layer = "encoder.block.0.layer."
     marks = {
-        "embedding": "shared.weight", "bias": layer + "0.SelfAttention.relative_attention_bias.weight",
-        "query": layer + "0.SelfAttention.q.weight", "gate": layer + "1.DenseReluDense.wi_0.weight",
+        "embedding": "shared.weight",
+        "bias": layer + "0.SelfAttention.relative_attention_bias.weight",
+        "query": layer + "0.SelfAttention.q.weight",
+        "gate": layer + "1.DenseReluDense.wi_0.weight",
     }
     missing = [name for name in marks.values() if not _shape(shapes, name, 2)]
     if missing:
-        raise CheckpointMismatch(f"this text encoder lacks {', '.join(missing)}. The file is incomplete; download it again.")
+        raise CheckpointMismatch(
+            f"this text encoder lacks {', '.join(missing)}. The file is incomplete; download it again."
+        )
     embedding, bias, query, gate = (shapes[name] for name in marks.values())
     found = {
-        "vocab_size": embedding[0], "d_model": embedding[1], "num_layers": block_count(shapes, "encoder.block"),
-        "num_heads": bias[1], "relative_attention_num_buckets": bias[0], "d_kv": query[0] // max(bias[1], 1),
+        "vocab_size": embedding[0],
+        "d_model": embedding[1],
+        "num_layers": block_count(shapes, "encoder.block"),
+        "num_heads": bias[1],
+        "relative_attention_num_buckets": bias[0],
+        "d_kv": query[0] // max(bias[1], 1),
         "d_ff": gate[0],
     }
     _refuse_contradictions(config or {}, found)
@@ -192,9 +215,15 @@ def t5_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = Non
 
 # What T5 v1.1 encoders of every size have in common. Source: the config.json of google/t5-v1_1-xxl.
 _T5_DEFAULTS: dict[str, Any] = {
-    "model_type": "t5", "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6, "dropout_rate": 0.1,
-    "feed_forward_proj": "gated-gelu", "is_encoder_decoder": True, "tie_word_embeddings": False,
-    "pad_token_id": 0, "eos_token_id": 1,
+    "model_type": "t5",
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "dropout_rate": 0.1,
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
 }
 
 
@@ -205,15 +234,20 @@ def t5_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "shared.weight": (config["vocab_size"], d),
         "encoder.final_layer_norm.weight": (d,),
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (
-            config["relative_attention_num_buckets"], config["num_heads"]),
+            config["relative_attention_num_buckets"],
+            config["num_heads"],
+        ),
     }
     for i in range(config["num_layers"]):
         attention, feed_forward = f"encoder.block.{i}.layer.0.", f"encoder.block.{i}.layer.1."
         shapes |= {attention + f"SelfAttention.{name}.weight": (inner, d) for name in "qkv"}
         shapes |= {
-            attention + "SelfAttention.o.weight": (d, inner), attention + "layer_norm.weight": (d,),
-            feed_forward + "DenseReluDense.wi_0.weight": (ff, d), feed_forward + "DenseReluDense.wi_1.weight": (ff, d),
-            feed_forward + "DenseReluDense.wo.weight": (d, ff), feed_forward + "layer_norm.weight": (d,),
+            attention + "SelfAttention.o.weight": (d, inner),
+            attention + "layer_norm.weight": (d,),
+            feed_forward + "DenseReluDense.wi_0.weight": (ff, d),
+            feed_forward + "DenseReluDense.wi_1.weight": (ff, d),
+            feed_forward + "DenseReluDense.wo.weight": (d, ff),
+            feed_forward + "layer_norm.weight": (d,),
         }
     return shapes
 
@@ -243,13 +277,16 @@ def _refuse_contradictions(stated: Mapping[str, Any], found: Mapping[str, Any]) 
         if said is not None and (list(said) if isinstance(said, list | tuple) else said) != value:
             wrong.append(f"{name} is {value} in the tensors and {said} in the config")
     if wrong:
-        raise CheckpointMismatch("weights and config contradict each other: " + "; ".join(wrong) + ". The file is "
-                                 "incomplete, or the config.json belongs to another model; download both again.")
+        raise CheckpointMismatch(
+            "weights and config contradict each other: " + "; ".join(wrong) + ". The file is "
+            "incomplete, or the config.json belongs to another model; download both again."
+        )
 
 
 def _from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
     try:
         return kind.from_dict(values)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise UnsupportedCheckpoint(f"the config.json of this model cannot be understood ({error}). Download it again.") \
-            from error
+        raise UnsupportedCheckpoint(
+            f"the config.json of this model cannot be understood ({error}). Download it again."
+        ) from error

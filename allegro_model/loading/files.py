@@ -60,7 +60,8 @@ class Checkpoint:
     """A checkpoint whose tensors are mapped from disk: they take memory only once they are used.
 
     Attributes:
-        tensors: name -> tensor on the CPU. The mapping is private: writing to a tensor never changes the file.
+        tensors: name -> tensor on the CPU. The mapping is private: writing to a tensor never changes the
+            file.
         metadata, config, files: as in `Header`.
     """
 
@@ -86,24 +87,29 @@ def read_header(path: str | Path, *, subfolder: str | None = None) -> Header:
     try:
         files, listed = _locate(Path(path), subfolder)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path and its "
-                              "permissions.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
+        ) from error
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     shards: dict[str, Path] = {}
     for file in files:
         header = read_file_header(file)
         for name in header.tensors.keys() & tensors.keys():
-            raise CheckpointMismatch(f"tensor {name} is in {shards[name].name} and in {file.name} of {file.parent}. "
-                                     "Keep the files of one model only, or download it again.")
+            raise CheckpointMismatch(
+                f"tensor {name} is in {shards[name].name} and in {file.name} of {file.parent}. "
+                "Keep the files of one model only, or download it again."
+            )
         tensors |= header.tensors
         shards |= dict.fromkeys(header.tensors, file)
         metadata = header.metadata | metadata
     absent = sorted(name for name, file in listed.items() if shards.get(name) != file)
     if absent:
-        raise CheckpointMismatch(f"{len(absent)} tensors are not in the files in which the index of {files[0].parent} "
-                                 f"lists them, the first is {absent[0]}. Index and files belong to different "
-                                 "downloads; download all of them again.")
+        raise CheckpointMismatch(
+            f"{len(absent)} tensors are not in the files in which the index of {files[0].parent} "
+            f"lists them, the first is {absent[0]}. Index and files belong to different "
+            "downloads; download all of them again."
+        )
     return Header(tensors, metadata, _find_config(files, metadata), files, shards)
 
 
@@ -149,24 +155,31 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > _MAX_JSON_BYTES:
-            raise UnsupportedCheckpoint(f"{path} has {size:,} bytes, expected a small JSON file. Download it again.")
+            raise UnsupportedCheckpoint(
+                f"{path} has {size:,} bytes, expected a small JSON file. Download it again."
+            )
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path and its "
-                              "permissions.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
+        ) from error
     except (ValueError, RecursionError) as error:
         hint = " It is a Git LFS pointer or a web page." if _looks_foreign(path) else ""
-        raise UnsupportedCheckpoint(f"{path} is not valid JSON ({error}).{hint} Download it again.") from error
+        raise UnsupportedCheckpoint(
+            f"{path} is not valid JSON ({error}).{hint} Download it again."
+        ) from error
     if not isinstance(content, dict):
-        raise UnsupportedCheckpoint(f"{path} holds a JSON {type(content).__name__}, expected an object. "
-                                    "Download it again.")
+        raise UnsupportedCheckpoint(
+            f"{path} holds a JSON {type(content).__name__}, expected an object. Download it again."
+        )
     return content
 
 
 def is_snapshot(path: Path) -> bool:
     """True for the root folder of a published model: transformer/, vae/, text_encoder/ side by side."""
-    return path.is_dir() and ((path / "model_index.json").is_file()
-                              or sum((path / name).is_dir() for name in COMPONENTS) >= 2)
+    return path.is_dir() and (
+        (path / "model_index.json").is_file() or sum((path / name).is_dir() for name in COMPONENTS) >= 2
+    )
 
 
 # Which files
@@ -184,8 +197,10 @@ def _locate(path: Path, subfolder: str | None) -> tuple[tuple[Path, ...], dict[s
     if subfolder is not None and (path / subfolder).is_dir():
         path = path / subfolder
     elif subfolder is not None and is_snapshot(path):
-        raise CheckpointError(f"{path} has no folder {subfolder}/, so this part of the model is missing. "
-                              f"Download {subfolder}/ of the model into it.")
+        raise CheckpointError(
+            f"{path} has no folder {subfolder}/, so this part of the model is missing. "
+            f"Download {subfolder}/ of the model into it."
+        )
     return _from_folder(path)
 
 
@@ -204,41 +219,55 @@ def _from_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     if len(singles) == 1 and not groups:
         return (folder / singles[0],), {}
     if len(groups) == 1 and not singles:
-        (stem, total), = groups.items()
+        ((stem, total),) = groups.items()
         return _all_parts(folder, stem, total), {}
     raise UnsupportedCheckpoint(_explain_folder(folder, names, indexes + singles + list(groups)))
 
 
 def _explain_folder(folder: Path, names: list[str], candidates: list[str]) -> str:
     if candidates:
-        return (f"{folder} holds several models ({', '.join(candidates[:8])}), expected one. "
-                "Give the file you mean.")
+        return (
+            f"{folder} holds several models ({', '.join(candidates[:8])}), expected one. "
+            "Give the file you mean."
+        )
     if is_snapshot(folder):
-        return (f"{folder} is a whole model, expected the weights of one part. "
-                f"Give one of its folders: {', '.join(name for name in COMPONENTS if (folder / name).is_dir())}.")
+        return (
+            f"{folder} is a whole model, expected the weights of one part. "
+            f"Give one of its folders: {', '.join(name for name in COMPONENTS if (folder / name).is_dir())}."
+        )
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
-        return (f"{folder} holds pickled weights only ({', '.join(pickles[:4])}), expected safetensors. Pickles can "
-                "run code when they are opened and are never read here; download the safetensors files.")
-    return f"{folder} holds no safetensors file. Give the folder that has the weights, or download them into it."
+        return (
+            f"{folder} holds pickled weights only ({', '.join(pickles[:4])}), expected safetensors. "
+            "Pickles can run code when they are opened and are never read here; download the safetensors files."
+        )
+    return (
+        f"{folder} holds no safetensors file. Give the folder that has the weights, or download them into it."
+    )
 
 
 def _from_index(path: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UnsupportedCheckpoint(f"{path} has no weight_map, so it is not the index of a sharded model. "
-                                    "Download it again, or give the file of weights.")
+        raise UnsupportedCheckpoint(
+            f"{path} has no weight_map, so it is not the index of a sharded model. "
+            "Download it again, or give the file of weights."
+        )
     for name in weight_map.values():
         # Shards lie beside their index; anything else could make us read a file nobody chose.
         if not isinstance(name, str) or not re.fullmatch(r"[\w\-.+ ]+\.safetensors", name):
-            raise UnsupportedCheckpoint(f"{path} lists the file {name!r}, expected the name of a .safetensors file in "
-                                        "the same folder. Download the safetensors version of the model.")
+            raise UnsupportedCheckpoint(
+                f"{path} lists the file {name!r}, expected the name of a .safetensors file in "
+                "the same folder. Download the safetensors version of the model."
+            )
     files = _complete(path.parent, sorted(set(weight_map.values())))
     return files, {tensor: path.parent / name for tensor, name in weight_map.items()}
 
 
 def _all_parts(folder: Path, stem: str, total: str) -> tuple[Path, ...]:
-    return _complete(folder, [f"{stem}-{part:05d}-of-{total}.safetensors" for part in range(1, int(total) + 1)])
+    return _complete(
+        folder, [f"{stem}-{part:05d}-of-{total}.safetensors" for part in range(1, int(total) + 1)]
+    )
 
 
 def _complete(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
@@ -246,8 +275,10 @@ def _complete(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         shown = ", ".join(missing[:16]) + (", ..." if len(missing) > 16 else "")
-        raise CheckpointError(f"{len(missing)} of {len(files)} files of the model in {folder} are missing: {shown}. "
-                              "Download them into this folder.")
+        raise CheckpointError(
+            f"{len(missing)} of {len(files)} files of the model in {folder} are missing: {shown}. "
+            "Download them into this folder."
+        )
     return files
 
 

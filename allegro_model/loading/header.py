@@ -19,7 +19,7 @@ from ..errors import CheckpointError, UnsupportedCheckpoint
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _SNIFF_BYTES = 1024
 
-# Name in the header -> torch dtype. Formats that plain torch cannot hold (4 and 6 bit) are left out on purpose.
+# Name in the header -> torch dtype. Formats that plain torch cannot hold (4 and 6 bit) are left out.
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -75,8 +75,9 @@ def read_file_header(path: Path) -> FileHeader:
             file.seek(8)
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Check the path and its "
-                              "permissions.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
+        ) from error
     header = _parse_json(path, raw)
     metadata = _parse_metadata(path, header.pop("__metadata__", {}))
     return FileHeader(_parse_tensors(path, header, 8 + length, size), metadata)
@@ -132,17 +133,26 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int,
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UnsupportedCheckpoint(
-            f"{path}: tensor {_short(name)} is stored as {_short(dtype)}, expected one of {', '.join(DTYPES)}. "
+            f"{path}: tensor {_short(name)} is stored as {_short(dtype)}, expected one of "
+            f"{', '.join(DTYPES)}. "
             "Use a bf16, fp16, fp32 or fp8 version of the file."
         )
     if not isinstance(shape, list) or not _are_sizes(shape):
         raise _damaged(path, f"tensor {_short(name)} has the shape {_short(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets) or offsets[0] > offsets[1]:
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not _are_sizes(offsets)
+        or offsets[0] > offsets[1]
+    ):
         raise _damaged(path, f"tensor {_short(name)} has the offsets {_short(offsets)}")
     info = TensorInfo(tuple(shape), DTYPES[dtype])
     if info.num_bytes != offsets[1] - offsets[0]:
-        raise _damaged(path, f"tensor {_short(name)} of shape {list(shape)} and type {dtype} needs "
-                             f"{info.num_bytes} bytes, the header gives it {offsets[1] - offsets[0]}")
+        raise _damaged(
+            path,
+            f"tensor {_short(name)} of shape {list(shape)} and type {dtype} needs "
+            f"{info.num_bytes} bytes, the header gives it {offsets[1] - offsets[0]}",
+        )
     return info, offsets[0], offsets[1]
 
 
@@ -174,18 +184,29 @@ def _explain_foreign(path: Path, start: bytes, size: int) -> str:
     if size == 0:
         return f"{path} is empty (0 bytes), {want}. Download it again."
     if text.startswith(b"version https://git-lfs"):
-        return (f"{path} is a Git LFS pointer, a {size}-byte text that stands for the real file, {want}. "
-                "Download the real file (`git lfs pull`, or the download button of the web page).")
+        return (
+            f"{path} is a Git LFS pointer, a {size}-byte text that stands for the real file, {want}. "
+            "Download the real file (`git lfs pull`, or the download button of the web page)."
+        )
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return (f"{path} is a web page, {want}. The download saved an error or log-in page; download the file "
-                "again, signed in if the model asks for it.")
-    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        return (f"{path} is a pickled PyTorch checkpoint (.pt, .ckpt or .bin, whatever its name says), {want}. "
-                "Pickles can run code when they are opened and are never read here; download the safetensors version.")
+        return (
+            f"{path} is a web page, {want}. The download saved an error or log-in page; download the file "
+            "again, signed in if the model asks for it."
+        )
+    if start.startswith(b"PK\x03\x04") or (
+        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    ):
+        return (
+            f"{path} is a pickled PyTorch checkpoint (.pt, .ckpt or .bin, whatever its name says), {want}. "
+            "Pickles can run code when they are opened and are never read here; download the safetensors "
+            "version."
+        )
     if start.startswith(b"GGUF"):
         return f"{path} is a GGUF file, {want}. Use the safetensors version of the model here."
     if text.startswith((b"{", b"[")):
         return f"{path} is a JSON text, {want}. Choose the file of weights, or the folder that holds it."
     if size < 9:
         return f"{path} has only {size} bytes, {want}. Download it again."
-    return f"{path} is not a safetensors file (unknown content), {want}. Download it again, or choose another file."
+    return (
+        f"{path} is not a safetensors file (unknown content), {want}. Download it again, or choose another."
+    )

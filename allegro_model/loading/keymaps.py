@@ -57,9 +57,12 @@ def split_prefixes(names: Iterable[str]) -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {}
     for name in names:
         prefix = next((p for p in PREFIXES if name.startswith(p)), "")
-        groups.setdefault(prefix, {})[name[len(prefix):]] = name
-    return {prefix: group for prefix, group in groups.items()
-            if not all(is_quant_name(name) or name == _LOGIT_SCALE for name in group)}
+        groups.setdefault(prefix, {})[name[len(prefix) :]] = name
+    return {
+        prefix: group
+        for prefix, group in groups.items()
+        if not all(is_quant_name(name) or name == _LOGIT_SCALE for name in group)
+    }
 
 
 def native_name(name: str, family: str) -> str | None:
@@ -92,8 +95,10 @@ def native_names(names: Mapping[str, str], family: str) -> dict[str, str]:
                 continue
             native = T5_TIED[1]
         if native in result:
-            raise CheckpointMismatch(f"{result[native]} and {name} both mean {native}. The file mixes an old and a new "
-                                     "layout; download it again.")
+            raise CheckpointMismatch(
+                f"{result[native]} and {name} both mean {native}. The file mixes an old and a new "
+                "layout; download it again."
+            )
         result[native] = name
     return result
 

@@ -31,13 +31,14 @@ def check_storage(tensors: Mapping[str, TensorInfo]) -> None:
     Raises:
         UnsupportedCheckpoint: a weight is stored as an integer or bool.
     """
-    wrong = sorted(name for name, info in tensors.items()
-                   if not is_quant_name(name) and not info.dtype.is_floating_point)
+    wrong = sorted(
+        name for name, info in tensors.items() if not is_quant_name(name) and not info.dtype.is_floating_point
+    )
     if wrong:
         kind = str(tensors[wrong[0]].dtype).removeprefix("torch.")
         raise UnsupportedCheckpoint(
-            f"{len(wrong)} weights are stored as integers, the first is {wrong[0]} ({kind}); expected bfloat16, float16, "
-            "float32 or float8. Use an unquantised or fp8 version of the file."
+            f"{len(wrong)} weights are stored as integers, the first is {wrong[0]} ({kind}); expected bfloat16, "
+            "float16, float32 or float8. Use an unquantised or fp8 version of the file."
         )
 
 
@@ -89,5 +90,7 @@ def _check_format(name: str, marker: Tensor) -> None:
     except (ValueError, TypeError, AttributeError):
         found = None
     if found not in _KNOWN_FORMATS:
-        raise UnsupportedCheckpoint(f"{name} is stored in the format {found!r}, expected one of "
-                                    f"{', '.join(_KNOWN_FORMATS)}. Use an fp8 or bf16 version of the file.")
+        raise UnsupportedCheckpoint(
+            f"{name} is stored in the format {found!r}, expected one of "
+            f"{', '.join(_KNOWN_FORMATS)}. Use an fp8 or bf16 version of the file."
+        )

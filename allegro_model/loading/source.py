@@ -1,4 +1,4 @@
-"""A checkpoint that is known to be of the wanted family: checked by its headers, then read under our names."""
+"""A checkpoint of the family that is wanted: checked by its headers, then read under our names."""
 
 from __future__ import annotations
 
@@ -61,16 +61,24 @@ def open_source(path: str | Path, family: str, *, subfolder: str | None = None) 
     info = identify(header.shapes, dtypes=header.dtypes, metadata=header.metadata, config=header.config)
     found = next((part for part in (info, *info.parts) if part.family == family), None)
     if found is None:
-        raise UnsupportedCheckpoint(f"{path} is {with_article(info.title)}; expected {WANTED[family]}. {_lists(header, family)} "
-                                    "Choose another file.")
+        raise UnsupportedCheckpoint(
+            f"{path} is {with_article(info.title)}; expected {WANTED[family]}. {_lists(header, family)} "
+            "Choose another file."
+        )
     if found.variant == "ti2v":
-        raise UnsupportedCheckpoint(f"{path} is an {found.title}, the image-to-video variant, whose input is a video, a masked "
-                                    f"video and a mask; expected {WANTED[family]}. Choose the text-to-video model.")
+        raise UnsupportedCheckpoint(
+            f"{path} is an {found.title}, the image-to-video variant, whose input is a video, a masked "
+            f"video and a mask; expected {WANTED[family]}. Choose the text-to-video model."
+        )
     if info.parts:
-        header = replace(header, config=None)  # of a file with several models it cannot be told whose config that is
+        header = replace(
+            header, config=None
+        )  # of a file with several models it cannot be told whose config that is
     group = keymaps.split_prefixes(header.shapes)[found.prefix]
     names = keymaps.native_names(group, family)
-    shapes = {ours: keymaps.native_shape(ours, header.tensors[name].shape, family) for ours, name in names.items()}
+    shapes = {
+        ours: keymaps.native_shape(ours, header.tensors[name].shape, family) for ours, name in names.items()
+    }
     check_storage({name: header.tensors[name] for name in names.values()})
     return Source(Path(path), header, found, names, shapes)
 
@@ -88,7 +96,9 @@ def config_of(source: Source, derive: Callable[..., Config]) -> Config:
         raise type(error)(f"{source.path}: {error}") from error
 
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, what: str) -> None:
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, what: str
+) -> None:
     """Compares names and shapes strictly.
 
     Args:
@@ -96,20 +106,30 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, t
         found: of the checkpoint, under our names.
         what: begins the message, e.g. "FILE, an Allegro VideoVAE,".
     Raises:
-        CheckpointMismatch: with the sorted, shortened lists of what is missing, unexpected and of another shape.
+        CheckpointMismatch: with sorted, shortened lists of what is missing, unexpected and of another shape.
     """
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
-    reshaped = [f"{name} is {list(found[name])}, expected {list(expected[name])}"
-                for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
-    lists = [f"{label} ({len(names)}): {_shorten(names)}." for label, names in
-             (("Missing", missing), ("Unexpected", unexpected), ("Other shapes", reshaped)) if names]
+    reshaped = [
+        f"{name} is {list(found[name])}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name] != expected[name]
+    ]
+    lists = [
+        f"{label} ({len(names)}): {_shorten(names)}."
+        for label, names in (("Missing", missing), ("Unexpected", unexpected), ("Other shapes", reshaped))
+        if names
+    ]
     if lists:
-        raise CheckpointMismatch(f"{what} does not fit: {len(found)} tensors found, {len(expected)} expected. "
-                                 f"{' '.join(lists)} The file is damaged or was changed; download it again.")
+        raise CheckpointMismatch(
+            f"{what} does not fit: {len(found)} tensors found, {len(expected)} expected. "
+            f"{' '.join(lists)} The file is damaged or was changed; download it again."
+        )
 
 
-def read_tensors(source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The tensors of a source under our names.
 
     Args:
@@ -129,7 +149,7 @@ def read_tensors(source: Source, *, device: torch.device | str = "cpu", dtype: t
 
 
 def _batches(source: Source) -> Iterator[dict[str, str]]:
-    """{our name: name in the file} in portions; pages that were only read to be converted are let go after each."""
+    """{our name: name in the file} in portions; pages read only to be converted are let go after each."""
     batch: dict[str, str] = {}
     size = 0
     for ours, name in source.names.items():
@@ -145,15 +165,17 @@ def _batches(source: Source) -> Iterator[dict[str, str]]:
 
 
 def with_article(title: str) -> str:
-    """"an Allegro VideoVAE"."""
+    """ "an Allegro VideoVAE"."""
     if title.startswith(("a ", "an ", "the ", "several ")):
         return title
     return f"an {title}" if title[0] in "AE" else f"a {title}"
 
 
 def _lists(header: Header, family: str) -> str:
-    return (f"It holds {len(header.tensors)} tensors: {_shorten(sorted(header.tensors))}. "
-            f"Expected tensors such as: {_shorten(MARKS[family])}.")
+    return (
+        f"It holds {len(header.tensors)} tensors: {_shorten(sorted(header.tensors))}. "
+        f"Expected tensors such as: {_shorten(MARKS[family])}."
+    )
 
 
 def _shorten(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Models from files: strict, without copies, and every wrong file is refused with what it is and what was expected."""
+"""Models from files: strict, without copies; a wrong file is refused with what it is and what was expected."""
 
 import json
 import os
@@ -23,16 +23,35 @@ from allegro_model.loading import (
 )
 from allegro_model.vae import VideoVAE
 
-DIT = DiTConfig.from_dict({"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24, "caption_channels": 32,
-                           "interpolation_scale_t": 1.0, "sample_frames": 6, "sample_size": [8, 12]})
-VAE = VAEConfig.from_dict({"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 4,
-                           "temporal_norm_num_groups": 8, "scale_factor": 0.5})
+DIT = DiTConfig.from_dict(
+    {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "caption_channels": 32,
+        "interpolation_scale_t": 1.0,
+        "sample_frames": 6,
+        "sample_size": [8, 12],
+    }
+)
+VAE = VAEConfig.from_dict(
+    {
+        "block_out_channels": [16, 16, 32, 32],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "temporal_norm_num_groups": 8,
+        "scale_factor": 0.5,
+    }
+)
 
 
 def filled(model):
     """The state of a model with a repeatable pattern instead of random weights."""
-    return {name: (torch.arange(t.numel(), dtype=torch.float32) % 13 - 6).reshape(t.shape) * 0.02 + 0.001 * (i % 7)
-            for i, (name, t) in enumerate(model.state_dict().items())}
+    return {
+        name: (torch.arange(t.numel(), dtype=torch.float32) % 13 - 6).reshape(t.shape) * 0.02
+        + 0.001 * (i % 7)
+        for i, (name, t) in enumerate(model.state_dict().items())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +75,9 @@ def save(folder, state, config=None, name="diffusion_pytorch_model.safetensors",
 def run(dit):
     generator = torch.Generator().manual_seed(1)
     dtype = dit.pos_embed.proj.weight.dtype
-    latents, text = (torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 4, 2, 4, 6), (1, 5, 32)))
+    latents, text = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((1, 4, 2, 4, 6), (1, 5, 32))
+    )
     return dit(latents, torch.tensor([500.0]), text)
 
 
@@ -120,7 +141,9 @@ def test_cast(tmp_path, dit_state, dtype):
 
 
 def test_mixed_types_become_the_common_one(tmp_path, dit_state):
-    mixed = {name: tensor if name.endswith("bias") else tensor.bfloat16() for name, tensor in dit_state.items()}
+    mixed = {
+        name: tensor if name.endswith("bias") else tensor.bfloat16() for name, tensor in dit_state.items()
+    }
     dit = load_dit(save(tmp_path, mixed, DIT))
     assert {p.dtype for p in dit.parameters()} == {torch.bfloat16}
     assert torch.isfinite(run(dit)).all()
@@ -149,7 +172,9 @@ def test_foreign_prefixes(tmp_path, dit_state, prefix):
 
 
 def test_all_in_one_file(tmp_path, dit_state, vae_state):
-    state = {"model.diffusion_model." + n: t for n, t in dit_state.items()} | {"vae." + n: t for n, t in vae_state.items()}
+    state = {"model.diffusion_model." + n: t for n, t in dit_state.items()} | {
+        "vae." + n: t for n, t in vae_state.items()
+    }
     # Whose this config is cannot be told, so it is not taken.
     save(tmp_path, state, name="all.safetensors", metadata={"config": '{"num_layers": 99}'})
     assert torch.equal(load_dit(tmp_path, config=DIT).proj_out.weight, dit_state["proj_out.weight"])
@@ -166,7 +191,12 @@ def test_old_vae_attention(tmp_path, vae_state, conv):
     old = {}
     for name, tensor in vae_state.items():
         if ".attentions." in name:
-            for new, previous in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            for new, previous in (
+                ("to_q", "query"),
+                ("to_k", "key"),
+                ("to_v", "value"),
+                ("to_out.0", "proj_attn"),
+            ):
                 name = name.replace(f".{new}.", f".{previous}.")
             if conv and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
@@ -185,13 +215,19 @@ def quantised(state, style):
         if tensor.ndim == 2 and "transformer_blocks" in name and name.endswith(".weight"):
             base = name.removesuffix("weight")
             # Powers of two, so that scaling is exact; per row in the last style.
-            scale = {"bare": None, "scaled": torch.tensor(0.25), "quant": torch.tensor(0.5),
-                     "rows": torch.full((tensor.shape[0],), 0.5)}[style]
+            scale = {
+                "bare": None,
+                "scaled": torch.tensor(0.25),
+                "quant": torch.tensor(0.5),
+                "rows": torch.full((tensor.shape[0],), 0.5),
+            }[style]
             rows = scale if scale is None or scale.ndim == 0 else scale[:, None]
             result[name] = (tensor if scale is None else tensor / rows).to(torch.float8_e4m3fn)
             if style == "quant":
                 result[base + "weight_scale"] = scale
-                result[base + "comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+                result[base + "comfy_quant"] = torch.tensor(
+                    list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8
+                )
             elif scale is not None:
                 result[base + "scale_weight"] = scale
                 result[base + "scale_input"] = torch.tensor(1.0)
@@ -220,7 +256,9 @@ def test_unknown_scaled_format(tmp_path, dit_state):
     stored = quantised(dit_state, "quant")
     name = next(n for n in stored if n.endswith("comfy_quant"))
     stored[name] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-    with pytest.raises(UnsupportedCheckpoint, match=r"stored in the format 'nvfp4', expected one of float8_e4m3fn"):
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"stored in the format 'nvfp4', expected one of float8_e4m3fn"
+    ):
         load_dit(save(tmp_path, stored, DIT))
 
 
@@ -229,7 +267,10 @@ def test_unknown_scaled_format(tmp_path, dit_state):
 
 def test_integers_are_refused(tmp_path, dit_state):
     wrong = dit_state | {"proj_out.weight": dit_state["proj_out.weight"].to(torch.int8)}
-    with pytest.raises(UnsupportedCheckpoint, match=r"1 weights are stored as integers.*proj_out\.weight \(int8\); expected bfloat16"):
+    with pytest.raises(
+        UnsupportedCheckpoint,
+        match=r"1 weights are stored as integers.*proj_out\.weight \(int8\); expected bfloat16",
+    ):
         load_dit(save(tmp_path, wrong, DIT))
 
 
@@ -243,7 +284,10 @@ def test_wrong_family_says_what_it_is_and_what_was_expected(tmp_path, dit_state,
     assert f"It holds {len(vae_state)} tensors: decoder.conv_in.bias, " in message
     assert f"({len(vae_state) - 8} more)" in message
     assert "Expected tensors such as: pos_embed.proj.weight, " in message
-    with pytest.raises(UnsupportedCheckpoint, match=r"is an Allegro text-to-video transformer, 2 layers; expected the Allegro VideoVAE"):
+    with pytest.raises(
+        UnsupportedCheckpoint,
+        match=r"is an Allegro text-to-video transformer, 2 layers; expected the Allegro VideoVAE",
+    ):
         load_vae(tmp_path / "dit")
 
 
@@ -266,9 +310,14 @@ def test_other_models_are_refused_by_name(tmp_path, names, words):
 def test_image_to_video_is_recognised_and_refused(tmp_path, dit_state):
     extra = {}
     for name in ("pos_embed_masked_video", "pos_embed_mask", "pos_embed_first_frame"):
-        extra |= {f"{name}.0.proj.weight": torch.zeros(48, 4, 2, 2), f"{name}.0.proj.bias": torch.zeros(48),
-                  f"{name}.1.weight": torch.zeros(48, 48)}
-    with pytest.raises(UnsupportedCheckpoint, match=r"the image-to-video variant.*expected an Allegro text-to-video"):
+        extra |= {
+            f"{name}.0.proj.weight": torch.zeros(48, 4, 2, 2),
+            f"{name}.0.proj.bias": torch.zeros(48),
+            f"{name}.1.weight": torch.zeros(48, 48),
+        }
+    with pytest.raises(
+        UnsupportedCheckpoint, match=r"the image-to-video variant.*expected an Allegro text-to-video"
+    ):
         load_dit(save(tmp_path, dit_state | extra, DIT))
 
 
@@ -292,9 +341,21 @@ def test_long_lists_are_shortened(tmp_path, dit_state):
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("transformer_blocks.1.ff.net.0.proj.weight", (190, 48), "ff.net.0.proj.weight is [190, 48], expected [192, 48]"),
-        ("pos_embed.proj.weight", (50, 4, 2, 2), "pos_embed.proj.weight is [50, 4, 2, 2], expected [48, 4, 2, 2]"),
-        ("transformer_blocks.0.scale_shift_table", (6, 48, 1), "scale_shift_table is [6, 48, 1], expected [6, 48]"),
+        (
+            "transformer_blocks.1.ff.net.0.proj.weight",
+            (190, 48),
+            "ff.net.0.proj.weight is [190, 48], expected [192, 48]",
+        ),
+        (
+            "pos_embed.proj.weight",
+            (50, 4, 2, 2),
+            "pos_embed.proj.weight is [50, 4, 2, 2], expected [48, 4, 2, 2]",
+        ),
+        (
+            "transformer_blocks.0.scale_shift_table",
+            (6, 48, 1),
+            "scale_shift_table is [6, 48, 1], expected [6, 48]",
+        ),
     ],
 )
 def test_edited_shapes_are_listed(tmp_path, dit_state, name, shape, words):
@@ -308,12 +369,18 @@ def test_layers_that_the_config_promises(tmp_path, dit_state):
     state = {n: t for n, t in dit_state.items() if not n.startswith("transformer_blocks.1.")}
     with pytest.raises(CheckpointMismatch) as error:
         load_dit(save(tmp_path, state, DIT))
-    assert str(error.value).startswith(f"{tmp_path}: weights and config contradict each other: num_layers is 1")
+    assert str(error.value).startswith(
+        f"{tmp_path}: weights and config contradict each other: num_layers is 1"
+    )
 
 
 def test_half_a_vae_where_a_whole_one_is_needed(tmp_path, vae_state):
-    save(tmp_path, {n: t for n, t in vae_state.items() if n.startswith(("decoder.", "post_quant_conv."))}, VAE)
-    with pytest.raises(CheckpointMismatch, match=r"decoder half only; expected encoder and decoder.*part='decoder'"):
+    save(
+        tmp_path, {n: t for n, t in vae_state.items() if n.startswith(("decoder.", "post_quant_conv."))}, VAE
+    )
+    with pytest.raises(
+        CheckpointMismatch, match=r"decoder half only; expected encoder and decoder.*part='decoder'"
+    ):
         load_vae(tmp_path)
     with pytest.raises(CheckpointMismatch, match="decoder half only; expected the encoder"):
         load_vae(tmp_path, part="encoder")
@@ -347,7 +414,9 @@ def test_parts_of_a_snapshot(snapshot, dit_state):
 
 
 def test_sampling_defaults_of_a_snapshot(snapshot):
-    (snapshot / "model_index.json").write_text(json.dumps({"allegro_sampling": {"width": 96, "fps": 8, "num_steps": 20}}))
+    (snapshot / "model_index.json").write_text(
+        json.dumps({"allegro_sampling": {"width": 96, "fps": 8, "num_steps": 20}})
+    )
     found = load_sampling_defaults(snapshot)
     assert (found.width, found.fps, found.num_steps) == (96, 8, 20)
     assert found.guidance_scale == PRESETS["88x720P"].sampling.guidance_scale
@@ -363,8 +432,15 @@ def test_sampling_defaults_without_an_entry(snapshot):
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_sampling_defaults_of_released_models(tmp_path, monkeypatch, preset):
     meta = AllegroDiT(PRESETS[preset].dit, device="meta")
-    opened = type("S", (), {"path": tmp_path, "shapes": {n: tuple(t.shape) for n, t in meta.state_dict().items()},
-                            "header": type("H", (), {"config": PRESETS[preset].dit.to_dict()})})
+    opened = type(
+        "S",
+        (),
+        {
+            "path": tmp_path,
+            "shapes": {n: tuple(t.shape) for n, t in meta.state_dict().items()},
+            "header": type("H", (), {"config": PRESETS[preset].dit.to_dict()}),
+        },
+    )
     monkeypatch.setattr(defaults, "open_source", lambda *a, **k: opened)
     assert load_sampling_defaults(tmp_path) == PRESETS[preset].sampling
 
@@ -403,7 +479,9 @@ def test_describe_a_file(tmp_path, dit_state):
 
 def test_describe_a_snapshot(snapshot):
     (snapshot / "text_encoder").mkdir()
-    (snapshot / "text_encoder" / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (snapshot / "text_encoder" / "model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\n"
+    )
     report = describe(snapshot)
     assert json.loads(json.dumps(report)) == report
     assert report["family"] == "snapshot"
@@ -416,6 +494,8 @@ def test_describe_a_snapshot(snapshot):
 
 
 def test_open_source_tells_shapes_before_reading(tmp_path, dit_state):
-    opened = open_source(save(tmp_path, {"diffusion_model." + n: t for n, t in dit_state.items()}, DIT), "allegro-dit")
+    opened = open_source(
+        save(tmp_path, {"diffusion_model." + n: t for n, t in dit_state.items()}, DIT), "allegro-dit"
+    )
     assert opened.shapes == {name: tuple(t.shape) for name, t in dit_state.items()}
     assert opened.names["proj_out.bias"] == "diffusion_model.proj_out.bias"

@@ -1,4 +1,4 @@
-"""Recognition by tensors: every published layout, what users put in front of the names, and other people's models."""
+"""Recognition by tensors: published layouts, what users put in front of the names, other people's models."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,9 @@ def test_published_layouts(name, family, variant, words, prefix):
 
 def test_sizes_and_types():
     shapes = shapes_of("dit_t2v")
-    info = identify(shapes, dtypes={name: torch.float32 if name.endswith("bias") else torch.bfloat16 for name in shapes})
+    info = identify(
+        shapes, dtypes={name: torch.float32 if name.endswith("bias") else torch.bfloat16 for name in shapes}
+    )
     assert info.dtypes == ("bfloat16", "float32")
     biases = sum(shape[0] for name, shape in shapes.items() if name.endswith("bias"))
     assert info.num_bytes == 2 * info.num_parameters + 2 * biases
@@ -81,11 +83,15 @@ def test_t5_with_decoder_umt5_and_first_version():
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
     umt5 = identify(shapes | {bias: (32, 64)})
     assert (umt5.family, "UMT5" in umt5.title) == ("unknown", True)
-    first = identify({name.replace("wi_0", "wi"): shape for name, shape in shapes.items() if "wi_1" not in name})
+    first = identify(
+        {name.replace("wi_0", "wi"): shape for name, shape in shapes.items() if "wi_1" not in name}
+    )
     assert (first.family, "first T5 version" in first.title) == ("unknown", True)
 
 
-@pytest.mark.parametrize("suffixes", [("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")])
+@pytest.mark.parametrize(
+    "suffixes", [("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")]
+)
 def test_lora(suffixes):
     down, up = suffixes
     base = "transformer.transformer_blocks.0.attn1.to_q."
@@ -106,7 +112,9 @@ def test_bundle_names_its_parts():
 
 def test_scaled_float8_is_still_recognised_and_not_counted():
     shapes = shapes_of("dit_t2v")
-    extra = {name.removesuffix("weight") + "scale_weight": () for name in shapes if name.endswith("to_q.weight")}
+    extra = {
+        name.removesuffix("weight") + "scale_weight": () for name in shapes if name.endswith("to_q.weight")
+    }
     info = identify(shapes | extra | {"scaled_fp8": (2,)})
     assert info.family == "allegro-dit"
     assert info.num_parameters == identify(shapes).num_parameters
@@ -139,10 +147,24 @@ OTHERS = [
     ("SanaTransformer2DModel", {"num_layers": 1}, "Sana"),
     ("QwenImageTransformer2DModel", {"num_layers": 2}, "Qwen-Image"),
     ("PixArtTransformer2DModel", {"num_layers": 1, "caption_channels": 4096}, "PixArt"),
-    ("PixArtTransformer2DModel", {"num_layers": 1, "caption_channels": 4096, "use_additional_conditions": False}, "PixArt"),
-    ("LatteTransformer3DModel", {"num_layers": 1, "in_channels": 4, "sample_size": 64, "patch_size": 2,
-                                 "caption_channels": 4096, "norm_type": "ada_norm_single",
-                                 "norm_elementwise_affine": False}, "Latte"),
+    (
+        "PixArtTransformer2DModel",
+        {"num_layers": 1, "caption_channels": 4096, "use_additional_conditions": False},
+        "PixArt",
+    ),
+    (
+        "LatteTransformer3DModel",
+        {
+            "num_layers": 1,
+            "in_channels": 4,
+            "sample_size": 64,
+            "patch_size": 2,
+            "caption_channels": 4096,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+        },
+        "Latte",
+    ),
     ("UNet2DConditionModel", {}, "Stable Diffusion UNet"),
     ("AutoencoderKL", {}, "image VAE"),
     ("AutoencoderKLWan", {}, "VAE of Wan"),
@@ -168,12 +190,24 @@ def test_other_models_are_named(cls, kwargs, words):
         (["blocks.0.self_attn.q.weight", "patch_embedding.weight", "head.modulation"], "Wan"),
         (["model.diffusion_model.double_blocks.0.img_attn.qkv.weight"], "Flux"),
         (["double_blocks.0.img_attn_qkv.weight"], "HunyuanVideo"),
-        (["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"],
-         "Stable Diffusion XL"),
+        (
+            ["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.label_emb.0.0.weight"],
+            "Stable Diffusion XL",
+        ),
         (["text_model.encoder.layers.0.self_attn.q_proj.weight"], "CLIP"),
         (["decoder.up.0.block.0.norm1.weight"], "image VAE"),
-        (["patchify_proj.weight", "adaln_single.linear.weight", "caption_projection.linear_1.weight", "proj_out.weight",
-          "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn2.to_q.weight", "scale_shift_table"], "LTX"),
+        (
+            [
+                "patchify_proj.weight",
+                "adaln_single.linear.weight",
+                "caption_projection.linear_1.weight",
+                "proj_out.weight",
+                "transformer_blocks.0.attn1.to_q.weight",
+                "transformer_blocks.0.attn2.to_q.weight",
+                "scale_shift_table",
+            ],
+            "LTX",
+        ),
     ],
 )
 def test_original_layouts_of_other_models_are_named(names, words):
@@ -198,8 +232,15 @@ def test_dit_without_config_is_the_released_one_and_says_so(caplog):
 
 def test_dit_sizes_come_from_shapes_and_scales_from_config():
     shapes = dit_shapes(layers=3, width=192, caption=40)
-    config = dit_config_from_shapes(shapes, {"interpolation_scale_t": 1.0, "sample_size": [46, 80], "sample_size_t": 10})
-    assert (config.num_layers, config.width, config.num_attention_heads, config.caption_channels) == (3, 192, 2, 40)
+    config = dit_config_from_shapes(
+        shapes, {"interpolation_scale_t": 1.0, "sample_size": [46, 80], "sample_size_t": 10}
+    )
+    assert (config.num_layers, config.width, config.num_attention_heads, config.caption_channels) == (
+        3,
+        192,
+        2,
+        40,
+    )
     assert (config.interpolation_scale_t, config.sample_size, config.sample_size_t) == (1.0, (46, 80), 10)
     narrow = dit_config_from_shapes(shapes, {"num_attention_heads": 4, "attention_head_dim": 48})
     assert (narrow.num_attention_heads, narrow.attention_head_dim) == (4, 48)
@@ -207,8 +248,14 @@ def test_dit_sizes_come_from_shapes_and_scales_from_config():
 
 
 def dit_shapes(layers, width, caption):
-    config = DiTConfig.from_dict({"num_layers": layers, "num_attention_heads": width // 48, "attention_head_dim": 48,
-                                  "caption_channels": caption})
+    config = DiTConfig.from_dict(
+        {
+            "num_layers": layers,
+            "num_attention_heads": width // 48,
+            "attention_head_dim": 48,
+            "caption_channels": caption,
+        }
+    )
     from allegro_model.dit import AllegroDiT
 
     return {name: tuple(t.shape) for name, t in AllegroDiT(config, device="meta").state_dict().items()}
@@ -220,7 +267,10 @@ def dit_shapes(layers, width, caption):
         ({"num_layers": 32}, "num_layers is 3 in the tensors and 32 in the config"),
         ({"caption_channels": 4096}, "caption_channels is 40 in the tensors and 4096 in the config"),
         ({"in_channels": 16}, "in_channels is 4 in the tensors and 16"),
-        ({"num_attention_heads": 24, "attention_head_dim": 96}, "192 wide, the config says 24 heads of 96 = 2304"),
+        (
+            {"num_attention_heads": 24, "attention_head_dim": 96},
+            "192 wide, the config says 24 heads of 96 = 2304",
+        ),
     ],
 )
 def test_config_that_contradicts_the_transformer(config, message):
@@ -234,8 +284,16 @@ def test_width_that_needs_a_config():
         dit_config_from_shapes(dit_shapes(1, 144, 40))
 
 
-@pytest.mark.parametrize("config", [{"sample_size": "large"}, {"norm_eps": []}, {"sample_size": [1]},
-                                    {"num_attention_heads": 0, "attention_head_dim": 0}, {"patch_size_t": 2}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"sample_size": "large"},
+        {"norm_eps": []},
+        {"sample_size": [1]},
+        {"num_attention_heads": 0, "attention_head_dim": 0},
+        {"patch_size_t": 2},
+    ],
+)
 def test_config_that_makes_no_sense(config):
     with pytest.raises((UnsupportedCheckpoint, CheckpointMismatch), match="config"):
         dit_config_from_shapes(dit_shapes(1, 192, 40), config)
@@ -258,8 +316,14 @@ def test_vae_config_of_half_a_file(half):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"block_out_channels": [64, 128, 256, 256]}, "block_out_channels is [128, 256, 512, 512] in the tensors"),
-        ({"temporal_downsample_blocks": [True, False, False, False]}, "temporal_down is [True, True, False, False]"),
+        (
+            {"block_out_channels": [64, 128, 256, 256]},
+            "block_out_channels is [128, 256, 512, 512] in the tensors",
+        ),
+        (
+            {"temporal_downsample_blocks": [True, False, False, False]},
+            "temporal_down is [True, True, False, False]",
+        ),
         ({"layers_per_block": 3}, "layers_per_block is 2 in the tensors and 3"),
     ],
 )
@@ -279,7 +343,8 @@ def test_t5_config_and_its_tensors():
     expected = content["configs"]["transformers"]
     derived = t5_config_from_shapes(shapes)
     assert {key: derived[key] for key in expected if key != "_class_name"} == {
-        key: value for key, value in expected.items() if key != "_class_name"}
+        key: value for key, value in expected.items() if key != "_class_name"
+    }
     del shapes["encoder.embed_tokens.weight"]
     assert t5_shapes(derived) == shapes
     with pytest.raises(CheckpointMismatch, match=r"lacks shared\.weight"):
@@ -292,7 +357,12 @@ def test_presets_are_known_by_their_config():
 
 
 def test_one_invented_name_cannot_ask_for_a_giant_network():
-    assert block_count(["transformer_blocks.999999.x", "transformer_blocks.99999999999999999999.x"], "transformer_blocks") == 1
+    assert (
+        block_count(
+            ["transformer_blocks.999999.x", "transformer_blocks.99999999999999999999.x"], "transformer_blocks"
+        )
+        == 1
+    )
 
 
 # Names
@@ -318,8 +388,12 @@ def test_old_vae_attention_is_renamed_and_nothing_else_is():
                 changed = changed.replace(new_part, old_part)
         old[changed] = name
     assert sum(a != b for a, b in old.items()) == 16  # 4 linears with bias, twice
-    assert keymaps.native_names({name: name for name in old}, "allegro-vae") == {new: o for o, new in old.items()}
-    assert keymaps.native_names({name: name for name in shapes}, "allegro-vae") == {name: name for name in shapes}
+    assert keymaps.native_names({name: name for name in old}, "allegro-vae") == {
+        new: o for o, new in old.items()
+    }
+    assert keymaps.native_names({name: name for name in shapes}, "allegro-vae") == {
+        name: name for name in shapes
+    }
 
 
 def test_old_and_new_attention_together_are_refused():
@@ -328,9 +402,12 @@ def test_old_and_new_attention_together_are_refused():
         keymaps.native_names({name: name for name in names}, "allegro-vae")
 
 
-@pytest.mark.parametrize("present", [("shared.weight",), ("encoder.embed_tokens.weight",),
-                                     ("shared.weight", "encoder.embed_tokens.weight")])
+@pytest.mark.parametrize(
+    "present",
+    [("shared.weight",), ("encoder.embed_tokens.weight",), ("shared.weight", "encoder.embed_tokens.weight")],
+)
 def test_t5_embedding_under_either_name(present):
-    names = keymaps.native_names({name: name for name in (*present, "decoder.final_layer_norm.weight", "lm_head.weight")},
-                                 "t5-encoder")
+    names = keymaps.native_names(
+        {name: name for name in (*present, "decoder.final_layer_norm.weight", "lm_head.weight")}, "t5-encoder"
+    )
     assert names == {"shared.weight": present[0]}

@@ -118,7 +118,9 @@ def test_config_of_a_neighbour_is_not_taken(tmp_path):
 
 def test_only_maps_what_is_asked_for(tmp_path):
     save_file(tensors(3), tmp_path / "a.safetensors")
-    assert list(read_checkpoint(tmp_path / "a.safetensors", only=lambda n: ".1." in n).tensors) == ["layer.1.weight"]
+    assert list(read_checkpoint(tmp_path / "a.safetensors", only=lambda n: ".1." in n).tensors) == [
+        "layer.1.weight"
+    ]
 
 
 def test_tensors_are_mapped_and_the_file_is_safe_from_writes(tmp_path):
@@ -140,7 +142,10 @@ def test_tensors_are_mapped_and_the_file_is_safe_from_writes(tmp_path):
     [
         (b"", "is empty (0 bytes)"),
         (b"abc", "has only 3 bytes"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5500000000\n", "is a Git LFS pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5500000000\n",
+            "is a Git LFS pointer",
+        ),
         (b"  <!DOCTYPE html><html><body>404</body></html>", "is a web page"),
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page"),
         (b"PK\x03\x04" + b"\x00" * 100, "is a pickled PyTorch checkpoint"),
@@ -187,7 +192,9 @@ def test_truncated_tensors(tmp_path, keep):
     save_file({"a": torch.zeros(1000)}, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(UnsupportedCheckpoint, match=rf"is truncated: it has .* at least {len(content):,}\..*interrupted"):
+    with pytest.raises(
+        UnsupportedCheckpoint, match=rf"is truncated: it has .* at least {len(content):,}\..*interrupted"
+    ):
         read_checkpoint(path)
 
 
@@ -252,7 +259,9 @@ def test_impossible_path(tmp_path, name):
 
 
 def test_unreadable_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("pathlib.Path.iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        "pathlib.Path.iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
         read_checkpoint(tmp_path)
 
@@ -269,8 +278,17 @@ def test_missing_shards_are_listed(tmp_path, index):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.safetensors", "/etc/secret.safetensors", "sub/a.safetensors", "..\\a.safetensors",
-             "C:a.safetensors", "a.bin", "a\x00.safetensors", 7],
+    "name",
+    [
+        "../secret.safetensors",
+        "/etc/secret.safetensors",
+        "sub/a.safetensors",
+        "..\\a.safetensors",
+        "C:a.safetensors",
+        "a.bin",
+        "a\x00.safetensors",
+        7,
+    ],
 )
 def test_index_cannot_point_elsewhere(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
@@ -299,7 +317,10 @@ def test_tensor_in_two_shards(tmp_path):
     [
         ({}, "holds no safetensors file"),
         ({"pytorch_model.bin": b"x"}, "holds pickled weights only (pytorch_model.bin)"),
-        ({"a.safetensors": b"x", "b.safetensors": b"x"}, "holds several models (a.safetensors, b.safetensors)"),
+        (
+            {"a.safetensors": b"x", "b.safetensors": b"x"},
+            "holds several models (a.safetensors, b.safetensors)",
+        ),
     ],
 )
 def test_folders_without_one_model(tmp_path, files, message):

@@ -14,8 +14,17 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 PIECES = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581red", "\u2581cat", "\u2581"]
-CONFIG = {"model_type": "t5", "vocab_size": 8, "d_model": 12, "d_kv": 5, "num_heads": 2, "d_ff": 16, "num_layers": 2,
-          "relative_attention_num_buckets": 32, "feed_forward_proj": "gated-gelu"}
+CONFIG = {
+    "model_type": "t5",
+    "vocab_size": 8,
+    "d_model": 12,
+    "d_kv": 5,
+    "num_heads": 2,
+    "d_ff": 16,
+    "num_layers": 2,
+    "relative_attention_num_buckets": 32,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +35,13 @@ def state():
 
 def write_tokenizer(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    model = tokenizers.models.Unigram([(p, 0.0) for p in PIECES[:3]] + [(p, -3.0) for p in PIECES[3:]], unk_id=2)
+    model = tokenizers.models.Unigram(
+        [(p, 0.0) for p in PIECES[:3]] + [(p, -3.0) for p in PIECES[3:]], unk_id=2
+    )
     tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+        replacement="\u2581", prepend_scheme="always"
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -62,7 +75,9 @@ def test_default_type_is_bfloat16(tmp_path, state):
     assert not any(p.requires_grad or p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("layout", ["either name", "both names", "all-in-one prefix", "with decoder", "no config"])
+@pytest.mark.parametrize(
+    "layout", ["either name", "both names", "all-in-one prefix", "with decoder", "no config"]
+)
 def test_layouts(tmp_path, state, layout):
     stored, config = dict(state), CONFIG
     if layout == "either name":
@@ -73,7 +88,10 @@ def test_layouts(tmp_path, state, layout):
         stored = {"text_encoders.t5xxl.transformer." + name: tensor for name, tensor in stored.items()}
         stored["text_encoders.t5xxl.logit_scale"] = torch.tensor(4.6)
     elif layout == "with decoder":
-        stored |= {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2), "lm_head.weight": torch.zeros(2)}
+        stored |= {
+            "decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2),
+            "lm_head.weight": torch.zeros(2),
+        }
     else:
         config = None
     model = load_text_encoder(write_snapshot(tmp_path, stored, config=config), dtype=None).model
@@ -106,7 +124,10 @@ def test_tokenizer_is_found_or_given(tmp_path, state):
         assert load_text_encoder(path).max_length == 512
     (tmp_path / "flat").mkdir()
     lonely = file.rename(tmp_path / "flat" / "t5.safetensors")
-    with pytest.raises(CheckpointError, match=r"no tokenizer for .*t5\.safetensors: looked in .*Download the folder tokenizer/"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no tokenizer for .*t5\.safetensors: looked in .*Download the folder tokenizer/",
+    ):
         load_text_encoder(lonely)
     assert load_text_encoder(lonely, tokenizer=root / "tokenizer").max_length == 512
     write_tokenizer(tmp_path / "flat")
@@ -123,7 +144,9 @@ def test_length_of_the_model(tmp_path, state):
 
 
 def test_missing_tensor_is_named_with_the_file(tmp_path, state):
-    root = write_snapshot(tmp_path, {n: t for n, t in state.items() if "block.1.layer.1.DenseReluDense.wo" not in n})
+    root = write_snapshot(
+        tmp_path, {n: t for n, t in state.items() if "block.1.layer.1.DenseReluDense.wo" not in n}
+    )
     with pytest.raises(CheckpointMismatch) as error:
         load_text_encoder(root)
     assert str(root) in str(error.value)
@@ -132,7 +155,10 @@ def test_missing_tensor_is_named_with_the_file(tmp_path, state):
 
 def test_other_text_encoders_are_refused_by_name(tmp_path, state):
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-    with pytest.raises(UnsupportedCheckpoint, match=r"is a UMT5 text encoder \(used by Wan and others\).*; expected a T5 v1\.1"):
+    with pytest.raises(
+        UnsupportedCheckpoint,
+        match=r"is a UMT5 text encoder \(used by Wan and others\).*; expected a T5 v1\.1",
+    ):
         load_text_encoder(write_snapshot(tmp_path, state | {bias: torch.zeros(32, 2)}))
 
 
