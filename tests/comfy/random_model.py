@@ -19,7 +19,8 @@ from allegro_model.vae import VideoVAE
 DIT = replace(TINY_DIT, num_layers=2, num_attention_heads=2, attention_head_dim=96, absolute_position=False)
 
 # The released scale: what a transformer without a VAE beside it is taken to have been trained with.
-VAE = replace(TINY_VAE, scale_factor=0.13235)
+VAE = replace(TINY_VAE, scale_factor=0.13235, block_out_channels=(8, 8, 8, 16), tile_size=64, tile_overlap=(16, 24),
+              tile_frames=16, overlap_frames=8)
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:

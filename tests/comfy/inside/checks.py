@@ -1,0 +1,597 @@
+"""Checks that need ComfyUI's Python objects. Run by bootstrap.py in one process; reported by test_inside.py."""
+
+import copy
+import gc
+import json
+import sys
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import psutil
+import torch
+from bootstrap import PACK, Host, call
+from torch import Tensor
+
+SIZE = {"width": 96, "height": 64, "length": 24}
+TILES = {"tile_size": 0, "overlap": 0, "temporal_size": 0, "temporal_overlap": 0}
+
+
+def model(h: Host, name: str = "tiny-random/transformer", dtype: str = "default") -> Any:
+    return h.run("LoadAllegroDiT", model_name=name, weight_dtype=dtype)
+
+
+@lru_cache(maxsize=1)
+def parts(h: Host) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP, VAE with random weights, loaded once."""
+    clip = h.run("LoadAllegroT5", clip_name="tiny-random/text_encoder", device="default")
+    return model(h), clip, h.run("LoadAllegroVAE", vae_name="tiny-random/vae", dtype="default")
+
+
+@lru_cache(maxsize=4)
+def conditioning(h: Host, text: str, role: str = "positive") -> Any:
+    return h.run("AllegroT5Encode", clip=parts(h)[1], text=text, role=role, clean_caption=True, prompt_weighting=False)
+
+
+def prompts(h: Host) -> tuple[Any, Any]:
+    return conditioning(h, "a red circle moves right over a blue background"), conditioning(h, "", "negative")
+
+
+def empty(h: Host, batch_size: int = 1) -> Any:
+    return h.run("EmptyAllegroLatentVideo", **SIZE, batch_size=batch_size)
+
+
+def sample(h: Host, dit: Any = None, latent: Any = None, **changes: Any) -> Tensor:
+    positive, negative = prompts(h)
+    settings = {"seed": 3, "steps": 4, "cfg": 3.0, "denoise": 1.0, "noise_source": "reference",
+                "positive": positive, "negative": negative, **changes}
+    latent = empty(h) if latent is None else latent
+    return h.run("AllegroSampler", model=dit or parts(h)[0], latent_image=latent, **settings)["samples"]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape, f"{a.shape} and {b.shape}"
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def raises(kind: str, words: str, function: Callable[[], Any]) -> None:
+    try:
+        function()
+    except Exception as error:
+        assert type(error).__name__ == kind, f"{type(error).__name__}: {error}"
+        assert words in str(error), str(error)
+        return
+    raise AssertionError(f"no {kind}")
+
+
+# Definitions
+
+
+def check_every_input_and_output_is_described(h: Host) -> None:
+    """Tooltips, descriptions, help pages and both languages: all of them, for everything."""
+    english, chinese = (json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+                        for language in ("en", "zh"))
+    assert list(english) == list(chinese) == list(h.nodes)
+    for node_id, node in h.nodes.items():
+        definition = node.define_schema()
+        page = (PACK / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+        assert english[node_id]["display_name"] == definition.display_name
+        assert english[node_id]["description"] == definition.description
+        assert chinese[node_id]["display_name"]
+        assert chinese[node_id]["description"]
+        for entry in definition.inputs:
+            assert entry.tooltip, f"{node_id}.{entry.id}"
+            assert english[node_id]["inputs"][entry.id]["tooltip"] == entry.tooltip, f"{node_id}.{entry.id}"
+            assert chinese[node_id]["inputs"][entry.id]["tooltip"], f"{node_id}.{entry.id}"
+            assert chinese[node_id]["inputs"][entry.id]["name"], f"{node_id}.{entry.id}"
+            assert f"`{entry.id}`" in page, f"the help page of {node_id} does not explain {entry.id}"
+        for language in (english, chinese):
+            assert len(language[node_id]["inputs"]) == len(definition.inputs)
+        for i, entry in enumerate(definition.outputs):
+            assert entry.tooltip
+            assert english[node_id]["outputs"][str(i)]["tooltip"] == entry.tooltip
+            assert chinese[node_id]["outputs"][str(i)]["tooltip"]
+            assert entry.display_name in page
+
+
+def check_import_is_fast_and_frugal(h: Host) -> None:
+    assert h.import_seconds < 1.0
+    assert not {"diffusers", "imageio_ffmpeg", "ftfy", "bs4", "flash_attn"} & {
+        name for name in sys.modules if getattr(sys.modules[name], "__name__", "") == name}
+
+
+def check_a_broken_feature_leaves_the_others(h: Host) -> None:
+    package = h.module("nodes")
+    package.FEATURES["no_such_module"] = ("Missing",)
+    try:
+        assert len(package.load_nodes()) == len(h.nodes)
+    finally:
+        del package.FEATURES["no_such_module"]
+    assert any("Missing are missing" in line for line in h.log), h.log
+
+
+# The same as outside ComfyUI
+
+
+def check_sampler_equals_the_package(h: Host) -> None:
+    """AllegroSampler against the same weights and prompts in allegro_model's own sampling, 20 steps."""
+    positive, negative = prompts(h)
+    result = sample(h, steps=20, seed=5, cfg=7.5)
+    loading, sampling = h.module("allegro_model.loading"), h.module("allegro_model.sampling")
+    dit = loading.load_dit(h.base / "models" / "allegro" / "tiny-random", dtype=torch.float32)
+    as_prompt = [sampling.Prompt(c[0][0].float(), c[0][1]["attention_mask"].bool()) for c in (positive, negative)]
+    source = sampling.NoiseSource([5], (4, 6, 8, 12))
+    sigmas = sampling.reference_sigmas(20)
+    denoiser = sampling.Denoiser(dit, *as_prompt, 7.5, batched=True)
+    x = sampling.SAMPLERS["euler_ancestral"](denoiser, source.draw() * sigmas[0], sigmas, source.draw)
+    scaled = x / h.module("allegro_model.config").VAE_720P.scale_factor
+    assert relative(result, scaled) < 2e-6, relative(result, scaled)
+
+
+def check_text_encoder_equals_the_package(h: Host) -> None:
+    text = h.module("allegro_model.text")
+    encoder = h.module("allegro_model.loading").load_text_encoder(
+        h.base / "models" / "allegro" / "tiny-random", dtype=torch.float32, max_length=96)
+    for prompt in ("a red circle moves right", "", "many words " * 100):
+        found = h.run("AllegroT5Encode", clip=parts(h)[1], text=prompt, role="positive", clean_caption=True,
+                      prompt_weighting=False)[0]
+        embeds, mask = encoder.encode([text.format_prompt(prompt, template=False)])
+        assert torch.equal(found[1]["attention_mask"].bool(), mask), prompt
+        assert found[0].shape == embeds.shape == (1, 96, 64)
+        assert relative(found[0][mask].float(), embeds[mask].float()) < 1e-4
+
+
+def check_vae_equals_the_package(h: Host) -> None:
+    loading = h.module("allegro_model.loading")
+    vae = loading.load_vae(h.base / "models" / "allegro" / "tiny-random")
+    latents = torch.randn((1, 4, 6, 8, 14), generator=torch.Generator().manual_seed(1))
+    expected = (vae.decode(latents) / 2 + 0.5).clamp(0, 1)
+    images = h.run("AllegroVideoVAEDecode", samples={"samples": latents}, vae=parts(h)[2], **TILES)
+    assert images.shape == (24, 64, 112, 3)
+    assert relative(images, expected[0].movedim(0, -1)) < 1e-6
+    mean, _ = vae.encode(images.movedim(-1, 0)[None] * 2 - 1)
+    encoded = h.run("AllegroVideoVAEEncode", pixels=images, vae=parts(h)[2], **TILES)["samples"]
+    assert relative(encoded, mean) < 1e-6
+
+
+def check_scale_factor_is_the_models_own(h: Host) -> None:
+    scale = h.module("nodes.bridge.model").vae_scale_factor
+    assert scale(str(h.base / "models" / "allegro" / "tiny-random" / "transformer")) == 0.13235
+    root = h.base / "other"
+    for part in ("transformer", "vae"):
+        (root / part).mkdir(parents=True)
+    (root / "vae" / "config.json").write_text('{"scale_factor": 0.5}')
+    assert scale(str(root / "transformer")) == 0.5
+    assert scale(str(h.base / "models" / "diffusion_models" / "dit.safetensors")) == 0.13235
+    assert parts(h)[0].model.latent_format.scale_factor == 0.13235
+
+
+def check_small_models_compute_in_float32_as_on_the_command_line(h: Host) -> None:
+    assert h.module("nodes.bridge.model").SMALL_MODEL_PARAMETERS == h.module("allegro_model.pipeline").SMALL_MODEL_PARAMETERS
+
+
+# Sampling
+
+
+def check_second_run_is_identical(h: Host) -> None:
+    assert torch.equal(sample(h), sample(h))
+    assert not torch.equal(sample(h), sample(h, seed=4))
+
+
+def check_items_of_a_batch_do_not_know_each_other(h: Host) -> None:
+    both = sample(h, latent=empty(h, batch_size=2), seed=10)
+    for item in (0, 1):
+        assert relative(both[item : item + 1], sample(h, seed=10 + item)) < 1e-5
+    chosen = call(h.core.NODE_CLASS_MAPPINGS["LatentFromBatch"], samples=empty(h, batch_size=3), batch_index=1, length=1)
+    assert torch.equal(sample(h, latent=chosen, seed=9), sample(h, seed=10))
+
+
+def check_inputs_are_never_changed(h: Host) -> None:
+    """Every tensor and dictionary that goes into a node is the same afterwards, to the bit."""
+    dit, clip, vae = parts(h)
+    positive, negative = prompts(h)
+    generator = torch.Generator().manual_seed(0)
+    latent = {"samples": torch.randn((1, 4, 6, 8, 12), generator=generator),
+              "noise_mask": torch.ones((1, 1, 6, 8, 12)), "batch_index": [0]}
+    images = torch.rand((6, 50, 60, 3), generator=generator)
+    weights = {name: p.clone() for name, p in dit.model.diffusion_model.state_dict().items()}
+    inputs = {"positive": positive, "negative": negative, "latent": latent, "images": images,
+              "options": dit.model_options, "patches": dit.patches}
+    before = copy.deepcopy(inputs)
+    sample(h, dit, latent, denoise=0.5)
+    sample(h, dit, latent, noise_source="comfy")
+    decoded = h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES)
+    h.run("AllegroVideoVAEEncode", pixels=images, vae=vae, **TILES)
+    h.run("AllegroT5Encode", clip=clip, text="A Cat", role="raw", clean_caption=True, prompt_weighting=True)
+    assert decoded.shape == (24, 64, 96, 3)
+    assert same(inputs, before)
+    assert same(dit.model.diffusion_model.state_dict(), weights)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return callable(a) or a == b
+
+
+def check_denoise_keeps_part_of_the_latent(h: Host) -> None:
+    latent = {"samples": sample(h)}
+    little, much = (relative(sample(h, latent=latent, denoise=d, seed=8, cfg=1.0), latent["samples"]) for d in (0.05, 0.9))
+    assert little < much / 2, (little, much)
+
+
+def check_noise_mask_is_honoured(h: Host) -> None:
+    latent = {"samples": torch.ones((1, 4, 6, 8, 12))}
+    mask = torch.zeros((1, 1, 6, 8, 12))
+    mask[..., 6:] = 1
+    result = sample(h, latent={**latent, "noise_mask": mask}, denoise=0.9)
+    assert relative(result[..., :6], latent["samples"][..., :6]) < 1e-4
+    assert relative(result[..., 6:], latent["samples"][..., 6:]) > 0.1
+
+
+def check_empty_latents_of_other_packs_are_repaired(h: Host) -> None:
+    image = call(h.core.NODE_CLASS_MAPPINGS["EmptyLatentImage"], width=96, height=64, batch_size=1)
+    assert sample(h, latent=image).shape == (1, 4, 1, 8, 12)
+    hunyuan = {"samples": torch.zeros((1, 16, 6, 8, 12))}
+    assert sample(h, latent=hunyuan).shape == (1, 4, 6, 8, 12)
+    raises("GeometryError", "expected [batch, 4,", lambda: sample(h, latent={"samples": torch.ones((1, 16, 6, 8, 12))}))
+
+
+def check_odd_latents_are_padded_and_cropped(h: Host) -> None:
+    assert sample(h, latent={"samples": torch.zeros((1, 4, 3, 7, 11))}).shape == (1, 4, 3, 7, 11)
+
+
+def check_other_clips_work_without_a_mask(h: Host) -> None:
+    """GGUF and other loaders: any object that tokenizes and encodes to [[embeds, {}]]; no mask attends to all."""
+
+    class OtherClip:
+        tokenizer = object()
+
+        def tokenize(self, text: str, **kwargs: Any) -> str:
+            assert kwargs == {"disable_weights": True}
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens: str) -> Any:
+            assert tokens.startswith("( masterpiece ) ") or "masterpiece" in tokens
+            return [[torch.ones((1, 20, 64)), {"pooled_output": None}]]
+
+    encoded = h.run("AllegroT5Encode", clip=OtherClip(), text="a cat", role="positive", clean_caption=True,
+                    prompt_weighting=False)
+    plain = sample(h, positive=encoded, negative=encoded)
+    masked = [[encoded[0][0], {"pooled_output": None, "attention_mask": torch.ones((1, 20), dtype=torch.long)}]]
+    assert relative(plain, sample(h, positive=masked, negative=masked)) < 1e-5
+
+
+def check_prompts_of_different_lengths_work(h: Host) -> None:
+    """Conditioning that ComfyUI cannot put into one batch, as from CLIPs that do not pad."""
+    short = [[torch.ones((1, 7, 64)), {"attention_mask": torch.ones((1, 7), dtype=torch.long)}]]
+    assert torch.isfinite(sample(h, positive=short)).all()
+
+
+def check_embeddings_of_another_encoder_are_refused(h: Host) -> None:
+    wide = [[torch.zeros((1, 8, 4096)), {}]]
+    raises("TextError", "4096 wide, this model reads 64", lambda: sample(h, positive=wide))
+    sampler = h.core.NODE_CLASS_MAPPINGS["KSampler"]
+    raises("TextError", "4096 wide", lambda: call(
+        sampler, model=parts(h)[0], seed=1, steps=2, cfg=3.0, sampler_name="euler", scheduler="normal", positive=wide,
+        negative=wide, latent_image=empty(h), denoise=1.0))
+
+
+def check_nan_is_reported_after_the_first_step(h: Host) -> None:
+    steps = []
+    dit = parts(h)[0].clone()
+    dit.set_model_unet_function_wrapper(lambda apply, args: steps.append(1) or apply(
+        args["input"], args["timestep"], **args["c"]) * float("nan"))
+    raises("NonFiniteError", "The first step gave NaN or Inf. The weights are float32", lambda: sample(h, dit))
+    assert len(steps) <= 2
+    raises("NonFiniteError", "Decoding gave NaN or Inf", lambda: h.run(
+        "AllegroVideoVAEDecode", samples={"samples": torch.full((1, 4, 6, 8, 12), float("nan"))}, vae=parts(h)[2], **TILES))
+
+
+def check_impossible_sizes_are_refused_before_allocation(h: Host) -> None:
+    huge = torch.zeros(1).expand(1, 4, 1024, 1024, 1024)
+    sampling = h.module("nodes.bridge.sampling")
+    settings = sampling.RunSettings(1, 4, 3.0, 1.0, "reference")
+    shape = h.module("allegro_model.geometry").LatentShape(*huge.shape[2:])
+    raises("NotEnoughMemory", "Allegro sampling needs about", lambda: sampling._announce(
+        parts(h)[0], parts(h)[0].model.diffusion_model.config, shape, 1, settings))
+
+
+# ComfyUI's own nodes
+
+
+def ksampler(h: Host, dit: Any, **changes: Any) -> Tensor:
+    positive, negative = prompts(h)
+    inputs = {"model": dit, "seed": 3, "steps": 6, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "normal",
+              "positive": positive, "negative": negative, "latent_image": empty(h), "denoise": 1.0, **changes}
+    return call(h.core.NODE_CLASS_MAPPINGS["KSampler"], **inputs)["samples"]
+
+
+def advanced(h: Host, dit: Any, sigmas: Tensor) -> Tensor:
+    nodes = {name: h.extra("nodes_custom_sampler", name)
+             for name in ("CFGGuider", "RandomNoise", "KSamplerSelect", "SamplerCustomAdvanced")}
+    positive, negative = prompts(h)
+    guider = call(nodes["CFGGuider"], model=dit, positive=positive, negative=negative, cfg=3.0)
+    return call(nodes["SamplerCustomAdvanced"], noise=call(nodes["RandomNoise"], noise_seed=3), guider=guider,
+                sampler=call(nodes["KSamplerSelect"], sampler_name="euler_ancestral"), sigmas=sigmas,
+                latent_image=empty(h))["samples"]
+
+
+def check_core_samplers_agree_with_each_other_and_with_ours(h: Host) -> None:
+    dit = parts(h)[0]
+    sigmas = h.run("AllegroScheduler", steps=6, denoise=1.0)
+    custom, plain = advanced(h, dit, sigmas), ksampler(h, dit)
+    assert relative(plain, custom) < 2e-3, relative(plain, custom)
+    ours = sample(h, dit, steps=6, noise_source="comfy")
+    assert relative(custom, ours) < 1e-6, relative(custom, ours)
+
+
+def check_core_sampler_with_our_noise_equals_ours(h: Host) -> None:
+    """ComfyUI's euler_ancestral, fed from the reference's generator: only rounding is left."""
+    dit, (positive, negative) = parts(h)[0], prompts(h)
+    source = h.module("allegro_model.sampling").NoiseSource([3], (4, 6, 8, 12))
+    noise = source.draw()
+    sampler = comfy.samplers.ksampler("euler_ancestral", {"noise_sampler": lambda sigma, following: source.draw()})
+    sigmas = h.run("AllegroScheduler", steps=20, denoise=1.0)
+    theirs = comfy.sample.sample_custom(dit, noise, 3.0, sampler, sigmas, positive, negative, empty(h)["samples"], seed=3)
+    assert relative(theirs, sample(h, dit, steps=20)) < 2e-6
+
+
+def check_other_samplers_and_schedulers_run(h: Host) -> None:
+    for name, scheduler in (("euler", "simple"), ("dpmpp_2m", "karras"), ("dpmpp_2m_sde", "sgm_uniform"), ("ddim", "ddim_uniform")):
+        assert torch.isfinite(ksampler(h, parts(h)[0], sampler_name=name, scheduler=scheduler)).all(), name
+
+
+def check_lora_loader_changes_the_result_of_its_copy_only(h: Host) -> None:
+    dit = parts(h)[0]
+    before = ksampler(h, dit)
+    styled = call(h.core.NODE_CLASS_MAPPINGS["LoraLoaderModelOnly"], model=dit, lora_name="style.safetensors", strength_model=1.0)
+    assert len(styled.patches) == 2
+    assert relative(ksampler(h, styled), before) > 1e-3
+    assert torch.equal(ksampler(h, dit), before)
+
+
+def check_easy_cache_skips_steps(h: Host) -> None:
+    dit = call(h.extra("nodes_easycache", "EasyCacheNode"), model=parts(h)[0], reuse_threshold=10.0, start_percent=0.0,
+               end_percent=1.0, verbose=False)
+    cached = ksampler(h, dit, steps=10)
+    assert any("skipped" in line for line in h.log), h.log
+    assert torch.isfinite(cached).all()
+
+
+def check_torch_compile_equals_eager(h: Host) -> None:
+    """Backend eager of the compiler: the graph is captured as for any other backend, no C++ compiler is needed."""
+    node = h.extra("nodes_torch_compile", "TorchCompileModel")
+    wrapper = sys.modules[node.__module__].set_torch_compile_wrapper
+    dit = parts(h)[0].clone()
+    wrapper(model=dit, backend="eager", options={})
+    assert relative(ksampler(h, dit, steps=2), ksampler(h, parts(h)[0], steps=2)) < 1e-5
+
+
+def check_patches_of_other_nodes(h: Host) -> None:
+    dit = parts(h)[0]
+    plain = sample(h, dit)
+    skipping = call(h.extra("nodes_slg", "SkipLayerGuidanceDiT"), model=dit, double_layers="1", single_layers="", scale=3.0,
+                    start_percent=0.0, end_percent=1.0, rescaling_scale=0.0)
+    assert relative(sample(h, skipping), plain) > 1e-3
+    rescaled = call(h.extra("nodes_model_advanced", "RescaleCFG"), model=dit, multiplier=0.7)
+    assert relative(sample(h, rescaled), plain) > 1e-3
+    computed = call(h.extra("nodes_model_advanced", "ModelComputeDtype"), model=dit, dtype="bf16")
+    assert 1e-5 < relative(sample(h, computed), plain) < 0.3
+
+
+def check_hooks_of_other_packs(h: Host) -> None:
+    """Wrapper round the network, patch after each block, replacement of attention: each is called and can act."""
+    dit, seen = parts(h)[0].clone(), []
+
+    def wrapper(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, mask: Any, options: dict, **kwargs: Any) -> Tensor:
+        seen.append("wrapper")
+        return executor(x, timestep, context, mask, options, **kwargs)
+
+    def after_block(args: dict[str, Any]) -> dict[str, Any]:
+        seen.append(f"block {args['block_index']}")
+        return args
+
+    def attention(function: Any, *args: Any, **kwargs: Any) -> Tensor:
+        options = kwargs["transformer_options"]
+        seen.append(f"attention {options['block_type']} {options['block_index']} of {options['total_blocks']}")
+        return function(*args, **kwargs)
+
+    dit.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    dit.set_model_patch(after_block, "double_block")
+    dit.model_options["transformer_options"]["optimized_attention_override"] = attention
+    result = sample(h, dit, steps=1)
+    assert {"wrapper", "block 0", "block 1", "attention double 0 of 2", "attention double 1 of 2"} <= set(seen), seen
+    assert relative(result, sample(h, steps=1)) < 1e-6
+
+
+def check_core_vae_nodes(h: Host) -> None:
+    vae = parts(h)[2]
+    latent = {"samples": torch.randn((2, 4, 4, 8, 12), generator=torch.Generator().manual_seed(2))}
+    nodes = h.core.NODE_CLASS_MAPPINGS
+    ours = h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES)
+    theirs = call(nodes["VAEDecode"], samples=latent, vae=vae)
+    assert theirs.shape == (32, 64, 96, 3)
+    assert torch.equal(theirs, ours)
+    assert 0 <= float(theirs.min()) <= float(theirs.max()) <= 1
+    tiled = call(nodes["VAEDecodeTiled"], samples=latent, vae=vae, tile_size=64, overlap=32, temporal_size=8, temporal_overlap=4)
+    assert tiled.shape == theirs.shape
+    assert not torch.equal(tiled, theirs)
+    clip = theirs[:14]
+    encoded = call(nodes["VAEEncode"], pixels=clip, vae=vae)["samples"]
+    assert encoded.shape == (1, 4, 4, 8, 12)
+    assert torch.equal(encoded, h.run("AllegroVideoVAEEncode", pixels=clip, vae=vae, **TILES)["samples"])
+    again = call(nodes["VAEEncodeTiled"], pixels=clip, vae=vae, tile_size=64, overlap=32, temporal_size=16, temporal_overlap=8)
+    assert again["samples"].shape == encoded.shape
+    single = call(nodes["VAEEncode"], pixels=clip[:1, :60, :90], vae=vae)["samples"]
+    assert single.shape == (1, 4, 1, 7, 11)
+
+
+def check_tile_settings_change_only_the_tiles(h: Host) -> None:
+    vae = parts(h)[2]
+    latent = {"samples": torch.randn((1, 4, 4, 16, 16), generator=torch.Generator().manual_seed(3))}
+    whole = h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, tile_size=128, overlap=32, temporal_size=16, temporal_overlap=8)
+    small = h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, tile_size=64, overlap=32, temporal_size=8, temporal_overlap=4)
+    assert small.shape == whole.shape == (16, 128, 128, 3)
+    assert torch.isfinite(small).all()
+    tiling = vae.tiling(24, 0, 0, 0)
+    assert (tiling.tile_height, tiling.overlap_height, tiling.tile_frames) == (24, 8, 16)
+
+
+def check_video_nodes(h: Host) -> None:
+    images = h.run("AllegroVideoVAEDecode", samples={"samples": sample(h)}, vae=parts(h)[2], **TILES)
+    video = call(h.extra("nodes_video", "CreateVideo"), images=images, fps=15.0)
+    assert video.get_dimensions() == (96, 64)
+
+
+# Precision and memory
+
+
+def check_fp8_file_and_fp8_cast(h: Host) -> None:
+    reference = sample(h)
+    for name, dtype in (("dit_fp8.safetensors", "default"), ("dit_fp8.safetensors", "fp8_e4m3fn"),
+                        ("tiny-random/transformer", "fp8_e4m3fn"), ("tiny-random/transformer", "fp8_e4m3fn_fast"),
+                        ("tiny-random/transformer", "fp8_e5m2")):
+        dit = model(h, name, dtype)
+        network = dit.model.diffusion_model
+        if dtype != "default":
+            expected = torch.float8_e5m2 if dtype == "fp8_e5m2" else torch.float8_e4m3fn
+            assert network.transformer_blocks[0].attn1.to_q.weight.dtype == expected
+            assert network.pos_embed.proj.weight.dtype == torch.bfloat16
+            assert network.transformer_blocks[0].scale_shift_table.dtype == torch.bfloat16
+        error = relative(sample(h, dit), reference)
+        assert 1e-5 < error < (0.2 if dtype == "fp8_e5m2" else 0.1), (name, dtype, error)
+
+
+def check_bf16(h: Host) -> None:
+    dit = model(h, dtype="bf16")
+    assert dit.model.get_dtype() == torch.bfloat16
+    assert 1e-6 < relative(sample(h, dit), sample(h)) < 0.05
+
+
+def check_partial_loading_gives_the_same(h: Host) -> None:
+    """ComfyUI's streaming of weights, driven directly because its CPU mode never needs it."""
+    x = torch.randn((1, 4, 6, 8, 12), generator=torch.Generator().manual_seed(1))
+    context = torch.randn((1, 20, 64), generator=torch.Generator().manual_seed(2))
+    for dtype in ("default", "fp8_e4m3fn"):
+        results = []
+        for budget in (0, 1, 1_000_000):
+            dit = model(h, dtype=dtype)
+            dit.load(torch.device("cpu"), lowvram_model_memory=budget, full_load=budget == 0)
+            if budget == 1:
+                network = dit.model.diffusion_model
+                streamed = [m for m in network.modules() if getattr(m, "comfy_patched_weights", False)]
+                assert len(streamed) < 12, "almost nothing may be resident"
+            results.append(dit.model.diffusion_model(x, torch.tensor([500.0]), context))
+            dit.unpatch_model()
+        assert all(torch.equal(r, results[0]) for r in results), dtype
+
+
+def check_loading_again_without_dynamic_memory(h: Host) -> None:
+    """What newer versions do for compilers and hooks: call the remembered loader."""
+    dit, clip, vae = parts(h)
+    for patcher in (dit, clip.patcher, vae.patcher):
+        loader, args = patcher.cached_patcher_init
+        again = loader(*args, disable_dynamic=True)
+        assert type(again).__name__ == "ModelPatcher"
+        assert again.model.state_dict().keys() == patcher.model.state_dict().keys()
+        assert all(isinstance(a, str) for a in args), "the arguments must not keep weights alive"
+
+
+def check_out_of_memory_is_answered(h: Host) -> None:
+    """The first failure makes room and tries again, the second is explained; the next run works."""
+    vae, latent = parts(h)[2], {"samples": torch.zeros((1, 4, 6, 8, 12))}
+    module, failures = vae.first_stage_model, []
+
+    def failing(times: int) -> Callable[..., Any]:
+        def decode_stream(*args: Any, **kwargs: Any) -> Any:
+            failures.append(1)
+            if len(failures) <= times:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return type(module).decode_stream(module, *args, **kwargs)
+        return decode_stream
+
+    for times in (1, 2):
+        failures.clear()
+        module.decode_stream = failing(times)
+        try:
+            run = lambda: h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES)  # noqa: E731
+            if times == 1:
+                assert run().shape == (24, 64, 96, 3)
+            else:
+                raises("NotEnoughMemory", "Try, in this order: close other programs", run)
+        finally:
+            del module.decode_stream
+    assert h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES).shape == (24, 64, 96, 3)
+
+
+def check_cancel_inside_every_loop(h: Host) -> None:
+    """Pressed before the loop starts, so that the first look at it must already stop."""
+    dit, _, vae = parts(h)
+    latent = {"samples": torch.zeros((1, 4, 6, 8, 12))}
+    jobs: list[Callable[[], Any]] = [
+        lambda: sample(h, dit),
+        lambda: h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES),
+        lambda: h.run("AllegroVideoVAEEncode", pixels=torch.zeros((24, 64, 96, 3)), vae=vae, **TILES),
+        lambda: call(h.core.NODE_CLASS_MAPPINGS["VAEDecode"], samples=latent, vae=vae),
+    ]
+    for job in jobs:
+        comfy.model_management.interrupt_current_processing(True)
+        try:
+            job()
+        except comfy.model_management.InterruptProcessingException:
+            continue
+        finally:
+            comfy.model_management.interrupt_current_processing(False)
+        raise AssertionError("not cancelled")
+
+
+def check_memory_is_stable_over_twenty_runs(h: Host) -> None:
+    process, sizes = psutil.Process(), []
+    for run in range(20):
+        latent = {"samples": sample(h, seed=run)}
+        h.run("AllegroVideoVAEDecode", samples=latent, vae=parts(h)[2], **TILES)
+        gc.collect()
+        sizes.append(process.memory_info().rss)
+    assert max(sizes[10:]) < sizes[3] * 1.01, [s >> 20 for s in sizes]
+
+
+def check_models_are_let_go(h: Host) -> None:
+    dit = model(h)
+    sample(h, dit, steps=1)
+    watched = weakref.ref(dit.model)
+    del dit
+    comfy.model_management.unload_all_models()
+    comfy.model_management.cleanup_models()
+    gc.collect()
+    assert watched() is None, "something keeps the model alive"
+
+
+def check_previews_have_three_colours(h: Host) -> None:
+    preview = sys.modules["latent_preview"]
+    form = parts(h)[0].model.latent_format
+    previewer = preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias)
+    image = previewer.decode_latent_to_preview(torch.randn((1, 4, 6, 8, 12)))
+    assert image.size == (12, 8)
+
+
+def check_wrong_width_of_the_vae_node(h: Host) -> None:
+    raises("UnsupportedCheckpoint", "expected the VideoVAE of Load Allegro VAE", lambda: h.run(
+        "AllegroVideoVAEDecode", samples={"samples": torch.zeros((1, 4, 6, 8, 12))}, vae=object(), **TILES))
+
+
+def check_paths_stay_inside(h: Host) -> None:
+    paths = h.module("nodes.bridge.paths")
+    for name in ("..", "../secret", "/etc/passwd", "Sharded", "Sharded/transformer/config.json", "C:\\x", "a\0b"):
+        raises("CheckpointError", "is not among the models", lambda name=name: paths.resolve("transformer", name))
+    assert Path(paths.resolve("transformer", "Sharded/transformer")).is_dir()
