@@ -74,12 +74,14 @@ def _stated(root: Path) -> SamplingConfig | None:
         raise UnsupportedCheckpoint(
             f"{path}: allegro_sampling is {stated!r}, expected a table. Download the file again."
         )
+    values: dict[str, Any] = {}
     for name, released in SAMPLING_88X720P.to_dict().items():
-        value = stated.get(name, released)
-        fits = type(value) is type(released) or (isinstance(released, float) and type(value) is int)
-        if not fits:
+        value = values[name] = stated.get(name, released)
+        if isinstance(released, float) and type(value) is int:
+            values[name] = float(value)  # JSON writers drop the ".0"
+        elif type(value) is not type(released):
             raise UnsupportedCheckpoint(
                 f"{path}: {name} is {value!r}, expected a value of type {type(released).__name__}. "
                 "Correct the file or download it again."
             )
-    return SamplingConfig.from_dict(stated)
+    return SamplingConfig.from_dict(values)

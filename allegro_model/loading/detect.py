@@ -204,9 +204,9 @@ def _t5(shapes: Shapes) -> Found | None:
     layers = block_count(shapes, "encoder.block")
     if "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" not in shapes:
         return "unknown", None, "a text encoder of the first T5 version, not T5 v1.1"
-    size = _T5_SIZES.get(query[1], "custom")
-    label = size.upper() if size in ("xl", "xxl") else size
-    title = f"T5 v1.1 {label} text encoder, {layers} layers of width {query[1]}"
+    size = _T5_SIZES.get(query[1])
+    label = f" {size.upper() if size in ('xl', 'xxl') else size}" if size else ""
+    title = f"T5 v1.1{label} text encoder, {layers} layers of width {query[1]}"
     if any(name.startswith("decoder.block.") for name in shapes):
         title += ", with the decoder (unused)"
     return "t5-encoder", size, title

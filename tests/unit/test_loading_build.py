@@ -418,7 +418,8 @@ def test_sampling_defaults_of_a_snapshot(snapshot):
         json.dumps({"allegro_sampling": {"width": 96, "fps": 8, "num_steps": 20}})
     )
     found = load_sampling_defaults(snapshot)
-    assert (found.width, found.fps, found.num_steps) == (96, 8, 20)
+    assert (found.width, found.fps, found.num_steps) == (96, 8.0, 20)
+    assert isinstance(found.fps, float)
     assert found.guidance_scale == PRESETS["88x720P"].sampling.guidance_scale
 
 

@@ -75,6 +75,16 @@ def test_half_a_vae(half):
     assert half in info.title
 
 
+def test_t5_of_another_size():
+    shapes = {
+        "encoder.block.0.layer.0.SelfAttention.q.weight": (64, 48),
+        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": (128, 48),
+    }
+    info = identify(shapes)
+    assert (info.family, info.variant) == ("t5-encoder", None)
+    assert info.title == "T5 v1.1 text encoder, 1 layers of width 48"
+
+
 def test_t5_with_decoder_umt5_and_first_version():
     shapes = shapes_of("t5_v1_1_xxl_encoder")
     full = shapes | {"decoder.block.0.layer.0.SelfAttention.q.weight": (4096, 4096)}
