@@ -58,12 +58,13 @@ class Case:
         return {k: v for k, v in self.outputs.items()
                 if not k.startswith("mid_") and not k.endswith("_bf16_reference")}
 
-    def fill(self, module: nn.Module, prefix: str = "") -> nn.Module:
+    def fill(self, module: nn.Module, *, prefix: str = "", aliases: Mapping[str, str] | None = None) -> nn.Module:
         """Loads the case's weights into `module`: from its file, from a shared file, or from the recipe.
 
         Args:
             module: float32; every parameter must be covered, and nothing may be left over.
             prefix: part of the stored names in front of the module's own.
+            aliases: second name of a tensor -> name it is stored under, for names the file may leave out.
         """
         note = str(self.entry.get("weights", ""))
         if note == "recipe":
@@ -78,6 +79,8 @@ class Case:
             assert shared, f"{self.id}: no weights in the file and none named: {note!r}"
             weights = as_float32(load_file(self.folder / shared[0]))
             weights = {k.removeprefix("weights."): v for k, v in weights.items()}
+        for name, stored in (aliases or {}).items():
+            weights.setdefault(name, weights[stored])
         module.load_state_dict(weights, strict=True)
         return module.eval()
 

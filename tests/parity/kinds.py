@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from parity.cases import Case
@@ -14,6 +15,7 @@ from allegro_model.dit.embed import AdaLNSingle, timestep_sinusoid
 from allegro_model.dit.rope import apply_rope, axis_angles, rope_tables
 from allegro_model.sampling import SAMPLERS, Denoiser, Prompt, StepInfo, reference_sigmas, reference_timesteps
 from allegro_model.sampling.samplers import Denoise
+from allegro_model.text import TextEncoder
 from allegro_model.vae import VideoVAE
 from allegro_model.vae.blocks import TemporalBlock, per_frame
 from allegro_model.vae.tiling import blend_weights, plan_axis
@@ -124,6 +126,22 @@ def run_blend(case: Case) -> Outputs:
     return out
 
 
+# The text encoder
+
+
+def run_t5(case: Case) -> Outputs:
+    """Through our encoder, with a tokenizer that has the case's tokens for the text "0", "1", ..."""
+    transformers = pytest.importorskip("transformers", reason="the text encoder needs transformers")
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"].bool()
+    rows = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    model = transformers.T5EncoderModel(transformers.T5Config(**case.config))
+    case.fill(model, aliases={"encoder.embed_tokens.weight": "shared.weight"})
+    encoder = TextEncoder(lambda texts: {"input_ids": [rows[int(t)] for t in texts]}, model, max_length=ids.shape[1])
+    embeds, kept = encoder.encode([str(i) for i in range(len(rows))])
+    assert torch.equal(kept, mask)
+    return {"last_hidden_state": embeds}
+
+
 # Sampling
 
 
@@ -186,6 +204,7 @@ KINDS: dict[str, Callable[[Case], Outputs]] = {
     "vae_encode": run_vae_encode,
     "vae_decode": run_vae_decode,
     "blend": run_blend,
+    "t5": run_t5,
     "scheduler": run_scheduler,
     "e2e_t2v": run_e2e_t2v,
 }
