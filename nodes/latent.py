@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..allegro_model.errors import GeometryError
+from ..allegro_model.errors import AllegroError
 from ..allegro_model.geometry import (
     MAX_FRAMES,
     MAX_PIXELS,
@@ -10,7 +10,7 @@ from ..allegro_model.geometry import (
     TEMPORAL_FACTOR,
     check_multiple,
 )
-from .bridge.latents import empty_latent
+from .bridge.latents import check_fits, empty_latent
 from .schema import io, schema
 
 MAX_BATCH = 64
@@ -48,25 +48,27 @@ class EmptyAllegroLatentVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None,
-                        length: int | None = None) -> bool | str:
+    def validate_inputs(cls, width: int | None = None, height: int | None = None, length: int | None = None,
+                        batch_size: int | None = None) -> bool | str:
         """Before anything is loaded. An input that is linked is None here and checked in `execute`."""
         try:
-            _check(width, height, length)
-        except GeometryError as error:
+            _check(width, height, length, batch_size)
+        except AllegroError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, width: int, height: int, length: int, batch_size: int) -> io.NodeOutput:
-        _check(width, height, length)
-        check_multiple("batch_size", batch_size, 1, MAX_BATCH)
+        _check(width, height, length, batch_size)
         return io.NodeOutput(empty_latent(width, height, length, batch_size))
 
 
-def _check(width: int | None, height: int | None, length: int | None) -> None:
+def _check(width: int | None, height: int | None, length: int | None, batch_size: int | None) -> None:
     for name, value, multiple, maximum in (("width", width, PIXEL_MULTIPLE, MAX_PIXELS),
                                            ("height", height, PIXEL_MULTIPLE, MAX_PIXELS),
-                                           ("length", length, TEMPORAL_FACTOR, MAX_FRAMES)):
+                                           ("length", length, TEMPORAL_FACTOR, MAX_FRAMES),
+                                           ("batch_size", batch_size, 1, MAX_BATCH)):
         if value is not None:
             check_multiple(name, value, multiple, maximum)
+    if width is not None and height is not None and length is not None:
+        check_fits(width, height, length, batch_size or 1)

@@ -26,6 +26,7 @@ from ...allegro_model.errors import TextError
 from ...allegro_model.loading import check_tensors, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
 from .compat import (
+    SMALL_MODEL_PARAMETERS,
     assign_option,
     patcher_class,
     quantisation,
@@ -48,9 +49,6 @@ WEIGHT_DTYPES: dict[str, tuple[torch.dtype | None, bool]] = {
     "fp8_e5m2": (torch.float8_e5m2, False),
     "fp8_e4m3fn_fast": (torch.float8_e4m3fn, True),
 }
-# Below this size reduced precision gains nothing, and the first step amplifies its rounding 157-fold. The same
-# number as in allegro_model.pipeline; a test keeps the two together.
-SMALL_MODEL_PARAMETERS = 100_000_000
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

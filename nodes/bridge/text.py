@@ -13,7 +13,6 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.text_encoders.sd3_clip
-import comfy.utils
 import torch
 from torch import Tensor
 from transformers import T5TokenizerFast
@@ -22,7 +21,8 @@ from ...allegro_model.config import SAMPLING_88X720P
 from ...allegro_model.errors import CheckpointError, UnsupportedCheckpoint
 from ...allegro_model.loading import check_tensors, load_sampling_defaults, t5_config_from_shapes
 from ...allegro_model.loading.dimensions import t5_shapes
-from .compat import make_clip, remember_loader, text_quantisation
+from ...allegro_model.text.unicode_repair import join_surrogates
+from .compat import SMALL_MODEL_PARAMETERS, make_clip, remember_loader, text_quantisation
 from .paths import snapshot_root
 from .weights import open_file
 
@@ -43,14 +43,14 @@ class MaskedT5(comfy.text_encoders.sd3_clip.T5XXLModel):
 
 
 def encoder_class(dtype: torch.dtype) -> type:
-    """The text encoder in ComfyUI's form; its weights keep the type they are stored in."""
+    """The text encoder in ComfyUI's form, its weights kept in `dtype`."""
 
     class AllegroTextEncoder(comfy.sd1_clip.SD1ClipModel):
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Mapping[str, Any] | None = None) -> None:
-            super().__init__(device=device, dtype=stored, name="t5xxl", clip_model=MaskedT5,
+            super().__init__(device=device, dtype=kept, name="t5xxl", clip_model=MaskedT5,
                              model_options=dict(model_options or {}))
 
-    stored = dtype
+    kept = dtype
     return AllegroTextEncoder
 
 
@@ -105,15 +105,15 @@ def load_t5(path: str, device: str = "default", disable_dynamic: bool = False) -
     source, weights = opened.source, opened.weights
     config = t5_config_from_shapes(source.shapes, source.header.config)
     _check(config, source.shapes, path)
+    parameters = source.info.num_parameters
     root = snapshot_root(path)
     defaults = load_sampling_defaults(root) if root is not None and (root / "transformer").is_dir() else SAMPLING_88X720P
     target = comfy.supported_models_base.ClipTarget(
         tokenizer_class(_tokenizer_folder(config["vocab_size"], root), defaults.text_length, defaults.prompt_template),
-        encoder_class(_stored_dtype(weights)))
+        encoder_class(_kept_dtype(weights, parameters)))
     options: dict[str, Any] = {"t5xxl_model_config": _comfy_config(config), **text_quantisation(weights)}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    parameters = comfy.utils.calculate_parameters(weights)
     clip = make_clip(target, weights, parameters=parameters, model_options=options, disable_dynamic=disable_dynamic)
     remember_loader(clip.patcher, load_t5_patcher, (path, device))
     return clip
@@ -134,6 +134,7 @@ def encode(clip: Any, text: str, *, weighting: bool) -> list[Any]:
     Returns:
         CONDITIONING.
     """
+    text = join_surrogates(text)  # a script can send what no tokenizer can read
     tokens = clip.tokenize(text) if weighting else clip.tokenize(text, disable_weights=True)
     return clip.encode_from_tokens_scheduled(tokens)
 
@@ -158,9 +159,10 @@ def _comfy_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in sizes}
 
 
-def _stored_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """As ComfyUI's loaders: the type of a norm, since scaled files mix types."""
-    return weights["encoder.final_layer_norm.weight"].dtype
+def _kept_dtype(weights: Mapping[str, Tensor], parameters: int) -> torch.dtype:
+    """The stored type; bfloat16, the reference's, for a large encoder in float32, which would take 19 GB."""
+    stored = weights["encoder.final_layer_norm.weight"].dtype  # of a norm, since scaled files mix types
+    return torch.bfloat16 if stored == torch.float32 and parameters >= SMALL_MODEL_PARAMETERS else stored
 
 
 def _tokenizer_folder(vocabulary: int, root: Path | None) -> str:

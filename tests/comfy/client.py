@@ -25,11 +25,6 @@ def child_environment() -> dict[str, str]:
     return {**env, "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
 
 
-def lower_priority() -> None:
-    """Tests should not slow down what else the machine does."""
-    os.nice(5)
-
-
 @dataclass(frozen=True)
 class ComfyUI:
     """A checkout and the interpreter that has its requirements."""
@@ -79,7 +74,7 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     port: int = 0
 
-    def start(self, timeout: float = 120) -> None:
+    def start(self, timeout: float = 600) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -91,7 +86,7 @@ class Server:
         self.log_file = self.base / f"server-{self.port}.log"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment(),
-                                            cwd=self.base, preexec_fn=lower_priority)
+                                            cwd=self.base)
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             if self.process.poll() is not None:
@@ -122,7 +117,7 @@ class Server:
     def fetch(self, path: str, body: Any = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.read()
 
     def get(self, path: str) -> Any:
@@ -135,7 +130,7 @@ class Server:
         except urllib.error.HTTPError as error:
             raise PromptRefused(json.loads(error.read())) from error
 
-    def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
+    def wait(self, prompt_id: str, timeout: float = 900) -> dict[str, Any]:
         """The entry of /history once the prompt is done, whatever became of it."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:

@@ -1,6 +1,9 @@
 """Variants of a model folder: other layouts that have to load, and wrong files that have to be refused."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +25,9 @@ def write_variants(models: Path, model: Path) -> None:
     save_file(dit, folder / "dit.safetensors", metadata)
     write_shards(dit, config, folder / "Sharded" / "transformer")
     save_file(eight_bit(dit), folder / "dit_fp8.safetensors", metadata)
+    save_file(scaled(dit, "transformer_blocks"), folder / "dit_scaled.safetensors", metadata)
+    write_text_variant(models / "allegro" / "eight-bit", model, lambda t5: scaled(t5, "encoder.block"))
+    write_text_variant(models / "allegro" / "half", model, lambda t5: {k: v.half() for k, v in t5.items()})
     save_file(lora_for(dit), models / "loras" / "style.safetensors")
     # Wrong ones
     vae = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
@@ -48,6 +54,28 @@ def write_shards(tensors: dict[str, Tensor], config: str, folder: Path) -> None:
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     (folder / "config.json").write_text(config, encoding="utf-8")
+
+
+def write_text_variant(root: Path, model: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """The snapshot with another file for the text encoder."""
+    (root / "text_encoder").mkdir(parents=True)
+    for name in ("tokenizer", "transformer", "vae", "model_index.json"):
+        os.symlink(model / name, root / name)
+    shutil.copy(model / "text_encoder" / "config.json", root / "text_encoder")
+    save_file(change(load_file(model / "text_encoder" / "model.safetensors")), root / "text_encoder" / "model.safetensors")
+
+
+def scaled(tensors: dict[str, Tensor], below: str) -> dict[str, Tensor]:
+    """Scaled fp8: matrices divided by a scale that is stored beside them, and a marker."""
+    result = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    for name, tensor in tensors.items():
+        if name.startswith(below) and tensor.ndim == 2 and name.endswith(".weight") and "relative" not in name:
+            scale = tensor.abs().max() / 448
+            result[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            result[name.removesuffix("weight") + "scale_weight"] = scale.float().reshape(1)
+        else:
+            result[name] = tensor.to(torch.bfloat16)
+    return result
 
 
 def eight_bit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -204,6 +204,8 @@ def test_cancel_takes_less_than_five_seconds_and_the_next_run_works(server: Serv
     ({"height": 9000}, "from 16 to 8192"),
     ({"length": 90}, "length=90: must be a multiple of 4 from 4 to 4096; nearest: 88 or 92"),
     ({"length": 0}, "length=0: must be a multiple of 4"),
+    ({"batch_size": 0}, "batch_size=0: must be a multiple of 1 from 1 to 64"),
+    ({"width": 8192, "height": 8192, "length": 4096, "batch_size": 64}, "64 x 4096 frames of 8192x8192 needs about"),
     ({"steps": 0}, "num_steps=0: must be a whole number from 1"),
     ({"cfg": float("nan")}, "must be a finite number of at least 0"),
     ({"cfg": -1.0}, "must be a finite number of at least 0"),
@@ -265,8 +267,8 @@ def test_empty_folders_leave_the_bundled_model(comfyui: Any, tmp_path: Path) -> 
     (tmp_path / "custom_nodes").mkdir()
     (tmp_path / "custom_nodes" / "allegro-video").symlink_to(PACK)
     server = Server(comfyui, tmp_path)
-    server.start()
     try:
+        server.start()
         expected = [BUNDLED] if ASSETS.is_dir() else []
         assert dropdown(server, "LoadAllegroDiT", "model_name") == expected
         with pytest.raises(PromptRefused, match="is not among the models"):
