@@ -105,11 +105,14 @@ def _clouds_caption(a: Attributes, rng: np.random.Generator, *, reserved: bool =
         f"clouds drift {side} across {sky} sky over green hills",
         f"{sky} sky with clouds moving {side} above green hills",
         f"clouds moving {side} in {sky} sky",
+        f"white clouds moving {side} across {sky} sky",
+        f"{sky} sky, clouds drifting {side}, green hills",
+        f"green hills under {sky} sky with clouds drifting {side}",
     )
     tests = (
         f"over green hills, clouds drift {side} in {sky} sky",
         f"{sky} sky above green hills with clouds drifting {side}",
-        f"white clouds moving {side} across {sky} sky",
+        f"clouds moving {side} under {sky} sky above green hills",
     )
     return _pick(rng, tests if reserved else orders)
 

@@ -30,7 +30,8 @@ class LoopSettings:
         steps: optimiser steps in total.
         learning_rate: peak rate, reached after ``warmup`` steps.
         warmup: steps of linear rise.
-        decay: last steps over which the rate falls linearly to 2 %; the rest is constant.
+        drop: (step, factor); from this step on the rate is multiplied by the factor.
+        decay: last steps over which the rate falls linearly to 2 %; before them it is constant.
         weight_decay: AdamW.
         ema_decay: of the averaged weights.
         seed: of the data and noise of every step.
@@ -41,6 +42,7 @@ class LoopSettings:
     steps: int
     learning_rate: float
     warmup: int = 100
+    drop: tuple[int, float] = (0, 1.0)
     decay: int = 0
     weight_decay: float = 0.01
     ema_decay: float = 0.999
@@ -52,7 +54,8 @@ class LoopSettings:
         """Return the learning rate of ``step`` (counted from 0)."""
         rise = min(1.0, (step + 1) / max(1, self.warmup))
         left = (self.steps - step) / self.decay if self.decay else 1.0
-        return self.learning_rate * rise * min(1.0, max(0.02, left))
+        dropped = self.drop[1] if step >= self.drop[0] else 1.0
+        return self.learning_rate * dropped * rise * min(1.0, max(0.02, left))
 
 
 def step_generator(seed: int, step: int, rank: int) -> torch.Generator:

@@ -54,7 +54,7 @@ class Recipe:
     vae_crop: tuple[int, int] = (16, 32)
     vae_batch: int = 2
     vae_full_share: float = 0.08
-    num_latents: int = 5000
+    num_latents: int = 4000
     dit_batch: int = 32
     seed: int = 0
 
@@ -62,7 +62,7 @@ class Recipe:
 RECIPE = Recipe(
     vae=LoopSettings(steps=2400, learning_rate=6e-4, warmup=50, decay=1200, ema_decay=0.995, seed=11),
     decoder=LoopSettings(steps=600, learning_rate=3e-4, warmup=20, decay=500, ema_decay=0.99, seed=12),
-    dit=LoopSettings(steps=16000, learning_rate=1.5e-3, warmup=100, decay=6000, ema_decay=0.999, seed=13),
+    dit=LoopSettings(steps=10000, learning_rate=1.5e-3, warmup=100, drop=(2500, 0.5), decay=5000, ema_decay=0.999, seed=13),
 )
 
 

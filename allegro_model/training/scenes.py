@@ -190,12 +190,12 @@ def draw_clouds(canvas: Canvas, attributes: dict[str, str], rng: np.random.Gener
     sky = jitter(top, rng) * (1 - down) + jitter(low, rng) * down
     frames = np.broadcast_to(sky, (canvas.num_frames, canvas.height, canvas.width, 3)).astype(np.float32)
     cloud = (1.0, 0.90, 0.80) if evening else (0.98, 0.98, 1.0)
-    travel = rng.uniform(0.45, 0.6) * wide * (1 if attributes["direction"] == "right" else -1)
-    first, period = rng.uniform(0, wide), wide * 1.25
-    for index in range(2):
-        middle = first + index * period / 2 + travel * (time - 0.5)
-        centre = np.mod(middle + 0.125 * wide, period) - 0.125 * wide
-        base, size = rng.uniform(14, 26) + 2 * index, rng.uniform(8, 10)
+    travel = rng.uniform(0.45, 0.55) * wide
+    starts = (rng.uniform(0.05, 0.18) * wide, rng.uniform(0.55, 0.68) * wide)
+    for index, start in enumerate(starts):
+        centre = start + travel * time  # the second cloud leaves the frame
+        centre = centre if attributes["direction"] == "right" else wide - centre
+        base, size = rng.uniform(14, 26) + 2 * index, rng.uniform(8, 10) - index
         parts = [(-1.1, 0.2, 0.75), (0.0, -0.15, 1.0), (1.15, 0.25, 0.7)]
         distance = np.minimum.reduce([_disc(x, y, centre + a * size, base + b * size, c * size) for a, b, c in parts])
         distance = np.maximum(distance, y - base - 0.6 * size)

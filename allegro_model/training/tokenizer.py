@@ -40,20 +40,30 @@ def build_vocabulary() -> list[tuple[str, float]]:
     return vocabulary
 
 
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise MissingDependency("training needs the tokenizers package; "
+                                'install it with: pip install "allegro-video[standalone]"') from error
+    return tokenizers
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Return the `tokenizers.Tokenizer` that ``save_tokenizer`` wrote to a folder."""
+    return _library().Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+
+
 def _pipeline(vocabulary: list[tuple[str, float]]) -> Any:
     """Return a `tokenizers.Tokenizer` with the steps of the T5 fast tokenizer."""
-    try:
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    except ImportError as error:
-        raise MissingDependency("building the tokenizer needs the tokenizers package; "
-                                'install it with: pip install "allegro-video[standalone]"') from error
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
-    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(
+    library = _library()
+    tokenizer = library.Tokenizer(library.models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
+    before, prefix = library.pre_tokenizers, {"replacement": "▁", "prepend_scheme": "always"}
+    tokenizer.pre_tokenizer = before.Sequence([before.WhitespaceSplit(), before.Metaspace(**prefix)])
+    tokenizer.decoder = library.decoders.Metaspace(**prefix)
+    tokenizer.post_processor = library.processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in _SPECIAL])
+    tokenizer.add_special_tokens([library.AddedToken(piece, special=True, normalized=False) for piece in _SPECIAL])
     return tokenizer
 
 
