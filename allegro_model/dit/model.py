@@ -15,7 +15,7 @@ from ..attention import Attention, sdpa
 from ..config import DiTConfig
 from ..errors import GeometryError
 from ..ops import CastParam, cast_like
-from .blocks import Block, KeysValues, modulate
+from .blocks import Block, CrossAttention, KeysValues, modulate
 from .embed import AdaLNSingle, CaptionProjection, PatchEmbed, position_table
 from .rope import rope_tables
 
@@ -107,7 +107,8 @@ class AllegroDiT(nn.Module):
         """
         prompt_embeds, bias = trim_text(prompt_embeds, prompt_mask)
         text = self.caption_projection(prompt_embeds)  # [B, L, D]
-        return Prepared(tuple(block.attn2.project(text) for block in self.transformer_blocks), bias)
+        cross: list[CrossAttention] = [block.attn2 for block in self.transformer_blocks]  # type: ignore[misc]
+        return Prepared(tuple(attention.project(text) for attention in cross), bias)
 
     def denoise(self, latents: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
         """`forward` with the prompt's share already computed."""

@@ -141,7 +141,7 @@ def stream_tiles(source: Tensor, plan: tuple[Axis, Axis, Axis], network: Callabl
         for first in range(0, len(jobs), tiles_per_batch):
             batch = jobs[first : first + tiles_per_batch]
             boxes = [(b, _box(plan, (i, j, k), source_scale)) for b, j, k in batch]
-            tiles = network(torch.stack([source[b][(slice(None), *box)] for b, box in boxes]))
+            tiles = network(torch.stack([source[b][:, t, y, x] for b, (t, y, x) in boxes]))
             if window is None:
                 window = _window(tiles, source.shape[0], plan, output_scale)
             for (b, j, k), tile in zip(batch, tiles, strict=True):
