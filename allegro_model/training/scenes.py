@@ -101,7 +101,7 @@ def draw_shape(canvas: Canvas, attributes: dict[str, str], rng: np.random.Genera
     if shape == "circle":
         distance = _disc(x, y, cx, cy, radius)
     elif shape == "square":
-        distance = _box(x, y, cx, cy, 0.90 * radius)
+        distance = _box(x, y, cx, cy, 1.04 * radius)  # well larger than the circle, so that it is not mistaken for one
     elif shape == "triangle":
         distance = _triangle(x, y, cx, cy + 0.25 * radius, 1.3 * radius)
     else:
