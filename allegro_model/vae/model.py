@@ -21,6 +21,7 @@ from .blocks import (
     ResNet,
     TemporalBlock,
     Upsample,
+    network_layout,
     norm_silu,
     per_frame,
     temporal_residual,
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> [B, 8, T/4, H/8, W/8]."""
-        x = temporal_residual(self.temp_conv_in, per_frame(self.conv_in, frames))
+        x = temporal_residual(self.temp_conv_in, per_frame(self.conv_in, network_layout(frames)))
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
@@ -157,7 +158,7 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """[B, 4, t, h, w] -> [B, 3, 4t, 8h, 8w]."""
-        x = temporal_residual(self.temp_conv_in, per_frame(self.conv_in, latents))
+        x = temporal_residual(self.temp_conv_in, per_frame(self.conv_in, network_layout(latents)))
         x = self.mid_block(x)
         for block in self.up_blocks:
             x = block(x)
