@@ -1,4 +1,4 @@
-r"""Caption cleaning, character for character as the reference does it.
+"""Caption cleaning, character for character as the reference does it, without the packages it needs for that.
 
 A pass is a list of rules, applied in order; the reference runs the pass twice. The rules were made for web
 captions and damage some prompts ("epsilon" loses "eps"): `clean=False` of `format_prompt` switches them off.
@@ -6,6 +6,12 @@ captions and damage some prompts ("epsilon" loses "eps"): `clean=False` of `form
 No rule may take more than about linear time, so that no prompt can stall a server. Three means serve that: every
 pattern that begins with a repetition is anchored to the start of its run, neighbouring repetitions match disjoint
 characters, and the rules which need backtracking over long runs (links, file names) are functions.
+
+Known differences from the reference, none of which a caption is likely to meet: mojibake whose capitals are written
+as numeric entities ("&#195;&#169;"), entities in full-width letters nested three deep, more than 30 unfinished tags
+("<a <a ..."), twelve layers of mojibake. And where the reference raises (unknown marked sections such as "<![x",
+unpaired surrogates, entities with thousands of digits) the text is cleaned. As there, how damaged markup is read
+depends on the version of Python.
 """
 
 import html
@@ -164,7 +170,7 @@ def _trim_ends(text: str) -> str:
     return "" if re.fullmatch(r"\.\S+", text) else text
 
 
-# Numbers in comments are those of the fact sheet's list of rules.
+# In the order of the reference; the numbers count its steps.
 _RULES: tuple[Rule, ...] = (
     unquote_plus,  # 1
     _strip_lower,  # 2

@@ -213,17 +213,16 @@ def test_encode(encoder: TextEncoder) -> None:
     assert not embeds.requires_grad
     assert not embeds.is_inference()  # training may put the result into a graph
     for index, text in enumerate(texts):
-        alone, _ = encoder.encode([text])
-        torch.testing.assert_close(alone[0], embeds[index])
-    again, _ = encoder.encode(texts)
-    assert torch.equal(again, embeds)
+        assert torch.equal(encoder.encode([text])[0][0], embeds[index]), "a text depends on its neighbours"
 
 
-def test_padding_does_not_reach_the_tokens(encoder: TextEncoder, config: dict, weights: dict, fast: Path) -> None:
-    longer = build_text_encoder(config, weights, fast, max_length=40)
-    text = "the green hill"
-    (short, mask), (padded, _) = encoder.encode([text]), longer.encode([text])
-    torch.testing.assert_close(padded[0, :12][mask[0]], short[0][mask[0]])
+def test_equals_the_padded_run_of_the_reference(encoder: TextEncoder) -> None:
+    texts = ["a cat runs over the hill", "", "dog " * 20]
+    embeds, mask = encoder.encode(texts)
+    input_ids, _ = encoder.tokenize(texts)
+    reference = encoder.model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state
+    torch.testing.assert_close(embeds[mask], reference[mask], rtol=1e-5, atol=1e-5)
+    assert embeds[~mask].eq(0).all()
 
 
 def test_bfloat16_is_close(encoder: TextEncoder, config: dict, weights: dict, fast: Path) -> None:
@@ -276,6 +275,6 @@ def test_nothing_is_printed_and_nothing_is_looked_up(config: dict, weights: dict
         "encoder = build_text_encoder(config, load_file(sys.argv[1] + '/t5.safetensors'), sys.argv[2])\n"
         "encoder.encode(['a cat', ''])\n"
     )
-    result = subprocess.run([sys.executable, "-c", program, tmp_path, fast], capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run([sys.executable, "-c", program, tmp_path, fast], capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout + result.stderr == ""
