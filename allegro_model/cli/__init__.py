@@ -76,13 +76,13 @@ def _explain(job: Job, error: BaseException, code: int) -> None:
     if code == EXIT_CANCELLED:
         job.console.error(f"Cancelled during: {job.report.stage}.")
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
-        job.console.error(f"Error: memory ran out during: {job.report.stage}. Try, in this order: a smaller --tile; fewer "
-                          "--frames; a smaller --width and --height; closing other programs.")
+        job.console.error(f"Error: memory ran out during: {job.report.stage}. Try, in this order: a smaller "
+                          "--tile; fewer --frames; a smaller --width and --height; closing other programs.")
     elif isinstance(error, AllegroError):
         job.console.error(f"Error: {error}")
     else:
-        job.console.error(f"Error: something unexpected happened during: {job.report.stage}. The lines above say where; "
-                          "please report them.")
+        job.console.error(f"Error: something unexpected happened during: {job.report.stage}. The lines above "
+                          "say where; please report them.")
     for remark in job.remarks:
         job.console.error(remark)
 

@@ -1,4 +1,4 @@
-"""What the command line says while it works: lines and progress on standard error, results on standard output."""
+"""What the command line says: remarks and progress on standard error, results on standard output."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Console:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line at the start, an estimate after two units, a line every ten seconds, and
-    one at the end."""
+    """A bar on a terminal; elsewhere a line at the start, an estimate after two units, a line every ten
+    seconds, and one at the end."""
 
     def __init__(self, console: Console, title: str, unit: str) -> None:
         self.console = console

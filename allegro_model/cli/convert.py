@@ -21,6 +21,7 @@ from .job import (
     check_clip_space,
     check_latents_output,
     check_report_output,
+    choose_fps,
     model_name,
     open_model,
     write_bytes,
@@ -44,8 +45,7 @@ def decode(job: Job) -> None:
     t, h, w = (int(cells) for cells in latents.shape[2:])
     pipeline.check_tile_memory(TEMPORAL_FACTOR * t, 8 * h, 8 * w)
     check_clip_space(output, 8 * w, 8 * h, TEMPORAL_FACTOR * t)
-    stored = saved.get("fps")
-    fps = args.fps or (float(stored) if isinstance(stored, int | float) else pipeline.defaults.fps)
+    fps = choose_fps(args.fps, saved, pipeline)
     metadata = {**saved, "fps": fps, **base_metadata()}
     job.report.facts["settings"] = metadata
     write_clip(job, pipeline, latents, output, fps=fps, metadata=metadata)
@@ -75,8 +75,10 @@ def encode(job: Job) -> None:
     pipeline = open_model(job)
     frames, fps = _read(job, width, height)
     pipeline.check_tile_memory(frames.shape[1], height, width)
-    metadata: dict[str, Any] = {"source": Path(args.clip).name, "model": model_name(job), "fps": fps, **base_metadata()}
-    job.report.facts["settings"] = {**metadata, "width": width, "height": height, "num_frames": frames.shape[1]}
+    metadata: dict[str, Any] = {"source": Path(args.clip).name, "model": model_name(job), "fps": fps,
+                                **base_metadata()}
+    job.report.facts["settings"] = {**metadata, "width": width, "height": height,
+                                    "num_frames": frames.shape[1]}
     with (job.report.measure("encoding", pipeline.device),
           job.console.progress("Encoding", "tile") as bar):
         latents = pipeline.encode(frames[None], progress=bar.update)
@@ -105,13 +107,14 @@ def _read(job: Job, width: int, height: int) -> tuple[Tensor, float]:
         frames, fps = read_frames(args.clip, width=width, height=height, fps=args.fps, max_frames=wanted)
     available = int(frames.shape[1])
     if args.frames is None and limit is not None and available > limit:
-        raise NotEnoughMemory(f"{args.clip} has more than the {limit} frames of {width}x{height} that fit into memory. "
-                              "Take fewer with --frames, or a smaller --width and --height.")
+        raise NotEnoughMemory(f"{args.clip} has more than the {limit} frames of {width}x{height} that fit "
+                              "into memory. Take fewer with --frames, or a smaller --width and --height.")
     if args.frames is not None and available < args.frames:
-        raise GeometryError(f"num_frames={args.frames}: {args.clip} has only {available} frames at {fps:g} per second. Use "
-                            f"--frames {max(TEMPORAL_FACTOR, available // TEMPORAL_FACTOR * TEMPORAL_FACTOR)}.")
+        usable = max(TEMPORAL_FACTOR, available // TEMPORAL_FACTOR * TEMPORAL_FACTOR)
+        raise GeometryError(f"num_frames={args.frames}: {args.clip} has only {available} frames at {fps:g} "
+                            f"per second. Use --frames {usable}.")
     kept = max(available // TEMPORAL_FACTOR * TEMPORAL_FACTOR, min(available, TEMPORAL_FACTOR))
     if kept != available:
-        job.console.say(f"The last {available - kept} of {available} frames are left out: the model takes multiples of "
-                        f"{TEMPORAL_FACTOR}.")
+        job.console.say(f"The last {available - kept} of {available} frames are left out: the model takes "
+                        f"multiples of {TEMPORAL_FACTOR}.")
     return frames[:, :kept], fps

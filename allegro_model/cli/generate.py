@@ -46,7 +46,8 @@ def generate(job: Job) -> None:
 
 def _encode_prompt(job: Job, plan: Plan) -> PromptEmbeds:
     text = plan.text
-    with job.report.measure("reading the prompt", plan.pipeline.device), job.console.progress("Reading the prompt"):
+    with (job.report.measure("reading the prompt", plan.pipeline.device),
+          job.console.progress("Reading the prompt")):
         return plan.pipeline.encode_prompt(text.prompt, text.negative, template=text.template,
                                            clean=text.clean, guidance_scale=plan.settings.guidance_scale)
 
@@ -67,9 +68,10 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
     """Runs the steps; a run that is stopped is saved where the user wanted its latents."""
     s, pipeline = plan.settings, plan.pipeline
     job.console.say(
-        f"{model_name(job)}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of {s.sampler}, cfg "
-        f"{s.guidance_scale:g}, seed {s.seed}; {str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, "
-        f"PyTorch attention, no step cache, about {size(pipeline.sampling_bytes(s))} of working memory")
+        f"{model_name(job)}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of "
+        f"{s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
+        f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, PyTorch attention, no step "
+        f"cache, about {size(pipeline.sampling_bytes(s))} of working memory")
     last: StepInfo | None = None
     try:
         with (job.report.measure("sampling", pipeline.device),
@@ -95,8 +97,8 @@ def _save_unfinished(job: Job, plan: Plan, state: SampleState) -> None:
     job.report.facts["step"] = state.step
     model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
     output = shlex.quote(str(plan.output or "clip.mp4"))
-    job.console.say(f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro generate --resume "
-                    f"{shlex.quote(str(plan.latents))} -o {output}{model}")
+    job.console.say(f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro "
+                    f"generate --resume {shlex.quote(str(plan.latents))} -o {output}{model}")
     job.say_result(str(plan.latents))
 
 
@@ -113,6 +115,7 @@ def _summary(job: Job) -> str:
     """One line: time and peak memory."""
     stages = job.report.stages
     peaks = [max((s[key] or 0 for s in stages), default=0) for key in ("peak_ram_bytes", "peak_gpu_bytes")]
-    memory = " and ".join(f"{size(peak)} of {where} memory" for peak, where in zip(peaks, ("main", "GPU"), strict=True) if peak)
+    memory = " and ".join(f"{size(peak)} of {where} memory"
+                          for peak, where in zip(peaks, ("main", "GPU"), strict=True) if peak)
     times = ", ".join(f"{s['name']} {s['seconds']:.1f} s" for s in stages)
     return f"{times}; at most {memory}" if memory else times

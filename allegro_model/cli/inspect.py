@@ -17,7 +17,8 @@ from .job import LATENTS_SUFFIX, Job, check_report_output
 
 _CLIP_SUFFIXES = (".mp4", ".webm", ".gif", ".png", ".mkv", ".mov", ".avi", ".m4v")
 # Tensor that marks a file of latents -> what the file is.
-_LATENTS = {"noisy_latents": "an unfinished run, for generate --resume", "latent_tensor": "latents, for decode"}
+_LATENTS = {"noisy_latents": "an unfinished run, for generate --resume",
+            "latent_tensor": "latents, for decode"}
 
 
 def inspect(job: Job) -> None:
@@ -53,9 +54,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
 
 def _clip(path: Path) -> dict[str, Any]:
     info = probe_clip(path)
-    return {"path": str(path), "family": "clip", "title": f"a clip of {info.width}x{info.height} at {info.fps:g} per second",
-            "width": info.width, "height": info.height, "fps": info.fps, "bytes": path.stat().st_size,
-            "made_with": read_metadata(path)}
+    title = f"a clip of {info.width}x{info.height} at {info.fps:g} per second"
+    return {"path": str(path), "family": "clip", "title": title, "width": info.width, "height": info.height,
+            "fps": info.fps, "bytes": path.stat().st_size, "made_with": read_metadata(path)}
 
 
 def _latents(path: Path, header: Header, name: str, title: str) -> dict[str, Any]:
@@ -63,11 +64,12 @@ def _latents(path: Path, header: Header, name: str, title: str) -> dict[str, Any
     made_with: Any = {}
     with suppress(ValueError):
         made_with = json.loads(header.metadata.get("allegro", "{}"))
-    facts = {"path": str(path), "family": "latents", "title": title, "shape": list(shape), "bytes": header.num_bytes,
-             "made_with": made_with if isinstance(made_with, dict) else {}}
+    facts = {"path": str(path), "family": "latents", "title": title, "shape": list(shape),
+             "bytes": header.num_bytes, "made_with": made_with if isinstance(made_with, dict) else {}}
     if len(shape) == 5:
         t, h, w = shape[2:]
-        facts |= {"num_frames": TEMPORAL_FACTOR * t, "height": SPATIAL_FACTOR * h, "width": SPATIAL_FACTOR * w}
+        facts |= {"num_frames": TEMPORAL_FACTOR * t, "height": SPATIAL_FACTOR * h,
+                  "width": SPATIAL_FACTOR * w}
     return facts
 
 
@@ -83,16 +85,19 @@ def _lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     if facts.get("parameters"):
         yield f"{indent}{facts['parameters']:,} parameters in {', '.join(facts['dtypes'])}"
     if facts.get("bytes") is not None:
-        files = facts.get("files")
-        yield f"{indent}{size(facts['bytes'])}" + (f" in {len(files)} file{'s' * (len(files) > 1)}" if files else "")
-    trained = facts.get("trained_size") or (facts if facts["family"] == "latents" and "width" in facts else None)
+        count = len(facts.get("files", []))
+        yield f"{indent}{size(facts['bytes'])}" + (f" in {count} file{'s' * (count > 1)}" if count else "")
+    is_latents = facts["family"] == "latents" and "width" in facts
+    trained = facts if is_latents else facts.get("trained_size")
     if trained:
         yield f"{indent}{trained['num_frames']} frames of {trained['width']}x{trained['height']}"
     for title in ("made_with", "sampling"):
         if facts.get(title):
             yield f"{indent}{title.replace('_', ' ')}:"
-            yield from (f"{indent}  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in facts[title].items())
+            yield from (f"{indent}  {name}: {json.dumps(value, ensure_ascii=False)}"
+                        for name, value in facts[title].items())
     for part in facts.get("parts", []):
         yield from _lines(part, indent)
     for name, component in facts.get("components", {}).items():
-        yield from _lines({"family": name, **component, "title": f"{name}: {component.get('title', 'damaged')}"}, indent)
+        title = f"{name}: {component.get('title', 'damaged')}"
+        yield from _lines({"family": name, **component, "title": title}, indent)

@@ -17,9 +17,16 @@ from torch import Tensor
 from .. import __version__
 from ..errors import AllegroError, CheckpointError, OutputError
 from ..latents import pack_latents
-from ..media import atomic_file, check_clip_output, check_free_space, check_output, open_writer
+from ..media import (
+    atomic_file,
+    check_clip_output,
+    check_fps,
+    check_free_space,
+    check_output,
+    open_writer,
+    parse_quality,
+)
 from ..media.atomic import writing
-from ..media.writers import parse_quality
 from ..pipeline import AllegroPipeline
 from ..vae import Tiling
 from .console import Console
@@ -72,7 +79,8 @@ def check_latents_output(job: Job, path: str) -> Path:
         OutputError: another extension; or see `check_output`.
     """
     if Path(path).suffix.lower() != LATENTS_SUFFIX:
-        raise OutputError(f"Cannot write {path}: latents are kept in {LATENTS_SUFFIX} files. Choose such a name.")
+        raise OutputError(f"Cannot write {path}: latents are kept in {LATENTS_SUFFIX} files. Choose such a "
+                          "name.")
     return check_output(path, force=job.force)
 
 
@@ -82,11 +90,14 @@ def check_clip(job: Job) -> Path:
     Raises:
         UsageError: there is no --output.
         OutputError, MissingDependency: see `check_clip_output`.
+        AllegroError: --fps or --quality is not a possible one.
     """
     if job.args.output is None:
         raise UsageError("Say where the video goes: --output clip.mp4.")
     path = check_clip_output(job.args.output, force=job.force)
     parse_quality(job.args.quality, path.suffix.lower())
+    if job.args.fps is not None:
+        check_fps(job.args.fps)
     return path
 
 
@@ -118,8 +129,8 @@ def check_device(name: str) -> None:
     if not usable:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         choices = f"auto, cpu or {found.type}" if found else "auto or cpu"
-        raise AllegroError(f"--device {name}: PyTorch {torch.__version__} cannot use it here. Use {choices}, or install a "
-                           "PyTorch built for it.")
+        raise AllegroError(f"--device {name}: PyTorch {torch.__version__} cannot use it here. Use {choices}, "
+                           "or install a PyTorch built for it.")
 
 
 def open_model(job: Job) -> AllegroPipeline:
@@ -133,9 +144,10 @@ def open_model(job: Job) -> AllegroPipeline:
     check_device(args.device)
     model = args.model or BUNDLED
     if model != BUNDLED and not Path(model).is_dir():
-        raise CheckpointError(f"--model {model}: there is no such folder. Give a model folder, with transformer/, vae/, "
-                              f'text_encoder/ and tokenizer/ in it, or "{BUNDLED}".')
-    pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=getattr(args, "dtype", "auto"))
+        raise CheckpointError(f"--model {model}: there is no such folder. Give a model folder, with "
+                              f'transformer/, vae/, text_encoder/ and tokenizer/ in it, or "{BUNDLED}".')
+    dtype = getattr(args, "dtype", "auto")
+    pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=dtype)
     pipeline.tiling = _tiling(args, pipeline)
     job.report.facts["model"] = model_name(job)
     job.report.facts["device"] = str(pipeline.device)
@@ -143,7 +155,7 @@ def open_model(job: Job) -> AllegroPipeline:
 
 
 def model_name(job: Job) -> str:
-    """Name of the model, to be kept in files: the folder's own name, since its path is nobody else's business."""
+    """Name of the model, to be kept in files: the folder's own, since its path is nobody else's business."""
     return BUNDLED if job.args.model in (None, BUNDLED) else Path(job.args.model).resolve().name
 
 
@@ -155,6 +167,20 @@ def _tiling(args: argparse.Namespace, pipeline: AllegroPipeline) -> Tiling | Non
     tile = args.tile or (own.tile_frames, own.tile_height, own.tile_width)
     overlap = args.overlap or (own.overlap_frames, own.overlap_height, own.overlap_width)
     return Tiling(tile[0], tile[1], tile[2], overlap[0], overlap[1], overlap[2], args.tiles_per_batch)
+
+
+def choose_fps(given: float | None, saved: Mapping[str, Any], pipeline: AllegroPipeline) -> float:
+    """Frames per second: --fps, else what the latents were saved with, else what the model was made for.
+
+    Raises:
+        AllegroError: not a possible rate.
+    """
+    stored = saved.get("fps")
+    if given is None and isinstance(stored, int | float):
+        given = float(stored)
+    fps = pipeline.defaults.fps if given is None else given
+    check_fps(fps)
+    return fps
 
 
 def base_metadata() -> dict[str, Any]:
@@ -191,12 +217,12 @@ def write_clip(job: Job, pipeline: AllegroPipeline, latents: Tensor, path: Path,
             writer.write(frames[0])
     job.report.facts["output"] = [str(file) for file in writer.files]
     job.report.facts["frames"] = writer.num_frames
-    shown = f"{writer.files[0]} ... {writer.files[-1].name}" if len(writer.files) > 1 else str(writer.files[0])
-    job.say_result(shown)
+    last = f" ... {writer.files[-1].name}" if len(writer.files) > 1 else ""
+    job.say_result(f"{writer.files[0]}{last}")
 
 
 def keep_latents(job: Job, latents: Tensor, output: Path, metadata: Mapping[str, Any]) -> None:
-    """Saves finished latents that could not be decoded: beside the output, or, if its disk refuses, elsewhere.
+    """Saves finished latents that could not be decoded: beside the output, or elsewhere if its disk refuses.
 
     Never raises an OutputError: the error that led here is the one to show.
     """
@@ -217,8 +243,8 @@ def remember_latents(job: Job, path: Path, output: Path) -> None:
     """Tells the user how to go on with saved latents."""
     model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
     job.report.facts["latents"] = str(path)
-    job.remarks.append(f"The finished latents are in {path}. Decode them with: allegro decode {shlex.quote(str(path))} "
-                       f"-o {shlex.quote(str(output))}{model}")
+    job.remarks.append(f"The finished latents are in {path}. Decode them with: allegro decode "
+                       f"{shlex.quote(str(path))} -o {shlex.quote(str(output))}{model}")
 
 
 def _free_name(path: Path) -> Path:

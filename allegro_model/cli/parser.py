@@ -26,21 +26,21 @@ exit codes:
 {exit_code_table()}
 """
 _GENERATE = """\
-Make a video from a prompt. The file appears when it is complete; an existing one is never overwritten without
---force. Whatever is not given is what the model was made for.
+Make a video from a prompt. The file appears when it is complete; an existing one is never overwritten
+without --force. Whatever is not given is what the model was made for.
 
 examples:
   allegro generate "a green square moves down on a white background" -o clip.mp4
-  allegro generate "waves at night" -o waves.webm --model models/Allegro --steps 50 --save-latents waves.safetensors
+  allegro generate "waves at night" -o waves.webm --model models/Allegro --save-latents waves.safetensors
   allegro generate "the same street in snow" -o snow.mp4 --init-video street.mp4 --denoise 0.7
 
 A long run in two halves, equal to one run:
   allegro generate "a lighthouse" --steps 100 --stop-at-step 50 --save-latents half.safetensors
   allegro generate --resume half.safetensors -o lighthouse.mp4
 
-Ctrl-C stops within seconds. Finished latents are kept: when decoding fails or is stopped they are saved beside the
-output as NAME.latents.safetensors, and `allegro decode` goes on from there. With --save-latents, a run stopped
-while sampling is saved too, for --resume.
+Ctrl-C stops within seconds. Finished latents are kept: when decoding fails or is stopped they are saved
+beside the output as NAME.latents.safetensors, and `allegro decode` goes on from there. With --save-latents, a
+run stopped while sampling is saved too, for --resume.
 """
 _DECODE = """\
 Turn latents into a video. Frame rate and settings come from the file if they are in it.
@@ -58,8 +58,8 @@ examples:
   allegro encode street.mp4 -o street.safetensors --width 640 --height 368 --frames 40
 """
 _INSPECT = """\
-Say what a file is, without loading it: weights (family, variant, type, size), a model folder, latents, or a clip and
-the settings it was made with.
+Say what a file is, without loading it: weights (family, variant, type, size), a model folder, latents, or a
+clip and the settings it was made with.
 
 examples:
   allegro inspect models/Allegro
@@ -106,7 +106,8 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--no-clean", dest="clean", action="store_false",
                        help='keep the prompt as it is: the official cleaning deletes words such as "r2d2"')
     group.add_argument("--seed", type=int, help="0 or above; the same seed gives the same video (default 42)")
-    group.add_argument("--init-video", metavar="FILE", help="start from a video, or from latents made by encode")
+    group.add_argument("--init-video", metavar="FILE",
+                       help="start from a video, or from latents made by encode")
     group.add_argument("--denoise", type=float, metavar="X",
                        help="share of --init-video that is drawn anew, above 0 to 1 (default 0.6)")
     group = parser.add_argument_group("size and quality; default: what the model was made for")
@@ -114,12 +115,13 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
     group.add_argument("--height", type=int, metavar="N", help="pixels, a multiple of 16")
     group.add_argument("--steps", type=int, metavar="N",
-                       help="denoising steps; more is slower and cleaner, below 50 the released models are noisy")
+                       help="denoising steps; more is slower and cleaner; released models need 50 or more")
     group.add_argument("--cfg", type=float, metavar="X",
                        help="how closely to follow the prompt; 1 is off and twice as fast")
     group.add_argument("--sampler", choices=list(SAMPLERS), help="the reference's is euler_ancestral")
     group = parser.add_argument_group("long runs")
-    group.add_argument("--save-latents", metavar="FILE", help="save the latents before decoding (.safetensors)")
+    group.add_argument("--save-latents", metavar="FILE",
+                       help="save the latents before decoding (.safetensors)")
     group.add_argument("--stop-at-step", type=int, metavar="K",
                        help="stop after step K and save the run to --save-latents")
     group.add_argument("--resume", metavar="FILE", help="go on with a saved run; takes no PROMPT or settings")
@@ -140,9 +142,10 @@ def _add_decode(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_encode(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _command(commands, "encode", "turn a video into latents", _ENCODE)
     parser.add_argument("clip", metavar="CLIP", help="a video file")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="latents to write (.safetensors)")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True,
+                        help="latents to write (.safetensors)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    group = parser.add_argument_group("what to take from the video; default: as it is, sizes rounded down to 16")
+    group = parser.add_argument_group("what to take; default: all of it, its size rounded down to 16")
     group.add_argument("--frames", type=int, metavar="N", help="so many from the beginning, a multiple of 4")
     group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
     group.add_argument("--height", type=int, metavar="N", help="pixels, a multiple of 16")
@@ -154,10 +157,11 @@ def _add_encode(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _add_clip(parser: _Parser) -> None:
     group = parser.add_argument_group("the file to write")
-    group.add_argument("-o", "--output", metavar="FILE", help=f"the video; {', '.join(FORMATS)} (numbered pictures)")
+    group.add_argument("-o", "--output", metavar="FILE",
+                       help=f"the video; {', '.join(FORMATS)} (numbered pictures)")
     group.add_argument("--fps", type=float, metavar="X", help="frames per second")
     group.add_argument("--quality", default="high", metavar="Q",
-                       help=f"{' or '.join(QUALITIES)}, or a rate factor from 0; high is H.264 at 10, the reference's")
+                       help=f"{' or '.join(QUALITIES)}, or a rate factor such as 18 (default high)")
     group.add_argument("--force", action="store_true", help="replace existing files")
 
 
@@ -168,13 +172,15 @@ def _add_model(parser: _Parser, *, dtype: bool = True) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default auto)")
     if dtype:
         group.add_argument("--dtype", default="auto", choices=list(DTYPES),
-                           help="arithmetic of the transformer (default auto: bf16 for large models on a GPU)")
+                           help="of the transformer (default auto: bf16 for large models on a GPU)")
 
 
 def _add_tiles(parser: _Parser) -> None:
     group = parser.add_argument_group("tiles of the VAE: smaller needs less memory and may show seams")
-    group.add_argument("--tile", type=_triple, metavar="FxHxW", help="frames x height x width (default 24x320x320)")
-    group.add_argument("--overlap", type=_triple, metavar="FxHxW", help="shared with the next tile (default 8x120x80)")
+    group.add_argument("--tile", type=_triple, metavar="FxHxW",
+                       help="frames x height x width (released models: 24x320x320)")
+    group.add_argument("--overlap", type=_triple, metavar="FxHxW",
+                       help="shared with the next tile (released models: 8x120x80)")
     group.add_argument("--tiles-per-batch", type=int, metavar="N", default=1,
                        help="tiles at once; more is faster and needs more memory (default 1)")
 
@@ -190,7 +196,9 @@ def _triple(text: str) -> tuple[int, int, int]:
 def _add_report(parser: _Parser) -> None:
     group = parser.add_argument_group("what to say")
     group.add_argument("--json", nargs="?", const="-", metavar="FILE",
-                       help="a report with times, peak memory, versions and settings; without FILE on standard output")
+                       help="a report of times, peak memory, versions and settings; without FILE on standard "
+                            "output")
     volume = group.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="nothing but errors")
-    volume.add_argument("--verbose", action="store_true", help="also log messages, and the traceback of an error")
+    volume.add_argument("--verbose", action="store_true",
+                        help="also log messages, and the traceback of an error")

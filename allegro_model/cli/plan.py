@@ -27,6 +27,7 @@ from .job import (
     check_clip_space,
     check_latents_output,
     check_report_output,
+    choose_fps,
     model_name,
     open_model,
 )
@@ -35,8 +36,8 @@ from .report import UsageError
 DEFAULT_SEED = 42  # the reference script's
 DEFAULT_DENOISE = 0.6
 # Options a saved run brings with it.
-_FIXED_BY_RESUME = ("prompt", "negative", "template", "seed", "init_video", "denoise", "frames", "width", "height",
-                    "steps", "cfg", "sampler")
+_FIXED_BY_RESUME = ("prompt", "negative", "template", "seed", "init_video", "denoise", "frames", "width",
+                    "height", "steps", "cfg", "sampler")
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,11 @@ def make_plan(job: Job) -> Plan:
     _check_stop(args.stop_at_step, settings, state)
     pipeline.check_memory(settings)
     open_source(pipeline.root, "t5-encoder", subfolder="text_encoder")
-    fps = args.fps or saved.get("fps") or pipeline.defaults.fps
+    fps = choose_fps(args.fps, saved, pipeline)
     if output is not None:
         check_clip_space(output, settings.width, settings.height, settings.num_frames)
-    metadata = {**asdict(text), "model": model_name(job), "fps": fps, "settings": settings.to_dict(), **base_metadata()}
+    metadata = {**asdict(text), "model": model_name(job), "fps": fps, "settings": settings.to_dict(),
+                **base_metadata()}
     return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, metadata)
 
 
@@ -114,14 +116,15 @@ def _check_options(job: Job) -> None:
     if args.resume:
         given = [name for name in _FIXED_BY_RESUME if getattr(args, name) is not None]
         if given:
-            names = ", ".join("PROMPT" if name == "prompt" else "--" + name.replace("_", "-") for name in given)
-            raise UsageError(f"A resumed run keeps its prompt and settings: leave out {names}.")
+            options = ["PROMPT" if name == "prompt" else "--" + name.replace("_", "-") for name in given]
+            raise UsageError(f"A resumed run keeps its prompt and settings: leave out {', '.join(options)}.")
     elif args.prompt is None:
-        raise UsageError('Say what the video shows: allegro generate "a red circle moves to the right" -o clip.mp4.')
+        raise UsageError('Say what the video shows: allegro generate "a red circle moves right" -o clip.mp4.')
     if args.stop_at_step is not None and args.save_latents is None:
         raise UsageError("--stop-at-step needs a file to save the run in: --save-latents half.safetensors.")
     if args.stop_at_step is not None and args.output is not None:
-        raise UsageError("--stop-at-step ends before there is a video: leave out --output, and give it with --resume.")
+        raise UsageError("--stop-at-step ends before there is a video: leave out --output, and give it with "
+                         "--resume.")
     if args.denoise is not None and args.init_video is None:
         raise UsageError("--denoise needs something to start from: add --init-video FILE.")
 
@@ -146,10 +149,10 @@ def _text(job: Job, pipeline: AllegroPipeline, saved: Mapping[str, Any]) -> Text
         text = Text(args.prompt, defaults.negative_prompt if args.negative is None else args.negative,
                     defaults.prompt_template if args.template is None else args.template, args.clean)
     if not text.prompt.strip():
-        raise TextError('The prompt is empty. Say what the video shows, e.g. "a red circle moves to the right".')
+        raise TextError('The prompt is empty. Say what the video shows, e.g. "a red circle moves right".')
     if not format_prompt(text.prompt, template=False, clean=text.clean):
-        raise TextError(f"The official cleaning deletes the whole prompt {text.prompt[:60]!r}. Use other words, or keep them "
-                        "as they are with --no-clean.")
+        raise TextError(f"The official cleaning deletes the whole prompt {text.prompt[:60]!r}. Use other "
+                        "words, or keep them as they are with --no-clean.")
     format_negative(text.negative, clean=text.clean)  # raises when it is too long
     return text
 
@@ -160,16 +163,17 @@ def _settings_of(path: str, state: SampleState) -> SampleSettings:
     s.check()
     expected = [1, LATENT_CHANNELS, *latent_shape(s.width, s.height, s.num_frames)]
     if list(state.latents.shape) != expected or state.finished or state.step < 0:
-        raise GeometryError(f"{path} holds latents of shape {list(state.latents.shape)} after step {state.step}: expected "
-                            f"{expected} and a step below {s.num_steps}. The file is damaged; start the run again.")
+        raise GeometryError(f"{path} holds latents of shape {list(state.latents.shape)} after step "
+                            f"{state.step}: expected {expected} and a step below {s.num_steps}. The file is "
+                            "damaged; start the run again.")
     return s
 
 
 def _check_stop(stop: int | None, settings: SampleSettings, state: SampleState | None) -> None:
     done = 0 if state is None else state.step
     if stop is not None and not done < stop < settings.num_steps:
-        raise UsageError(f"--stop-at-step {stop}: must be from {done + 1} to {settings.num_steps - 1}; this run has "
-                         f"{settings.num_steps} steps" + (f", {done} of them done." if done else "."))
+        raise UsageError(f"--stop-at-step {stop}: must be from {done + 1} to {settings.num_steps - 1}; this "
+                         f"run has {settings.num_steps} steps" + (f", {done} of them done." if done else "."))
 
 
 def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSettings, Tensor | None]:
@@ -187,18 +191,20 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSett
         own = {"width": 8 * w, "height": 8 * h, "num_frames": TEMPORAL_FACTOR * t}
         for name, value in own.items():
             if values[name] not in (None, value):
-                raise GeometryError(f"{name}={values[name]}: {args.init_video} is for {value}. Leave the option out.")
+                raise GeometryError(f"{name}={values[name]}: {args.init_video} is for {value}. Leave the "
+                                    "option out.")
         return pipeline.settings(**{**values, **own}), latents
     settings = pipeline.settings(**values)
+    fps = choose_fps(args.fps, {}, pipeline)
     probe_clip(args.init_video)
     _check_clip_memory(settings)
     frames, _ = read_frames(args.init_video, width=settings.width, height=settings.height,
-                            fps=args.fps or pipeline.defaults.fps, max_frames=settings.num_frames)
+                            fps=fps, max_frames=settings.num_frames)
     usable = frames.shape[1] // TEMPORAL_FACTOR * TEMPORAL_FACTOR
     if usable < settings.num_frames and (args.frames is not None or usable == 0):
-        raise GeometryError(f"num_frames={settings.num_frames}: {args.init_video} has only {frames.shape[1]} frames at "
-                            f"{args.fps or pipeline.defaults.fps:g} per second. Use --frames "
-                            f"{max(usable, TEMPORAL_FACTOR)}, or a longer video.")
+        raise GeometryError(f"num_frames={settings.num_frames}: {args.init_video} has only {frames.shape[1]} "
+                            f"frames at {fps:g} per second. Use --frames {max(usable, TEMPORAL_FACTOR)}, or "
+                            "a longer video.")
     values["num_frames"] = usable
     return pipeline.settings(**values), frames[:, :usable]
 

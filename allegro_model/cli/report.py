@@ -56,7 +56,8 @@ def exit_code(error: BaseException) -> int:
 
 def exit_code_table() -> str:
     """The codes and their meaning, for --help."""
-    return "\n".join(f"  {code:>3}  {meaning}" for code, meaning, _ in sorted(EXIT_CODES, key=lambda row: row[0]))
+    rows = sorted((code, meaning) for code, meaning, _ in EXIT_CODES)
+    return "\n".join(f"  {code:>3}  {meaning}" for code, meaning in rows)
 
 
 def project_version() -> str:

@@ -1,13 +1,14 @@
-"""Clips on disk: writing .mp4, .webm, .gif and numbered .png, reading any video, and the settings kept inside.
+"""Clips on disk: writing .mp4, .webm, .gif and numbered .png, reading videos, and the settings kept inside.
 
 This is the only part of the package that starts another program (ffmpeg, from imageio-ffmpeg). ComfyUI has
 its own writers, so the nodes never import it.
 """
 
 from .atomic import atomic_file, check_free_space, check_output
+from .ffmpeg import check_fps
 from .metadata import read_metadata
 from .readers import ClipInfo, probe_clip, read_frames, stream_frames
-from .writers import FORMATS, QUALITIES, ClipWriter, check_clip_output, open_writer, to_uint8
+from .writers import FORMATS, QUALITIES, ClipWriter, check_clip_output, open_writer, parse_quality, to_uint8
 
 __all__ = [
     "FORMATS",
@@ -16,9 +17,11 @@ __all__ = [
     "ClipWriter",
     "atomic_file",
     "check_clip_output",
+    "check_fps",
     "check_free_space",
     "check_output",
     "open_writer",
+    "parse_quality",
     "probe_clip",
     "read_frames",
     "read_metadata",

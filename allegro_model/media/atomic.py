@@ -78,7 +78,8 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> Path:
         if not folder.exists():
             raise OutputError(f"Cannot write {path}: the folder {folder} does not exist. Create it first.")
         if not folder.is_dir():
-            raise OutputError(f"Cannot write {path}: {folder} is a file, not a folder. Choose another folder.")
+            raise OutputError(f"Cannot write {path}: {folder} is a file, not a folder. Choose another "
+                              "folder.")
         with suppress(FileNotFoundError):
             _check_existing(path, path.lstat().st_mode, force=force)
         probe = temporary_name(path)  # permission bits alone do not tell the truth

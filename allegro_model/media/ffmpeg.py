@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from ..errors import MissingDependency, OutputError
+from ..errors import AllegroError, MissingDependency, OutputError
 from .atomic import write_error
 
 # Phrases ffmpeg prints for a refused write, and the error number that means the same.
@@ -23,6 +23,17 @@ _REFUSALS = {
     os.strerror(errno.EACCES): errno.EACCES,
 }
 _SIGXFSZ = 25  # how Linux and macOS end a program whose file grew over the account's limit
+
+
+def check_fps(fps: float) -> None:
+    """Raises unless `fps` frames per second can be written and read.
+
+    Raises:
+        AllegroError: NaN, 0, negative or above 1000.
+    """
+    if not 0 < fps <= 1000:
+        raise AllegroError(f"fps={fps}: must be above 0 and at most 1000 frames per second; the released "
+                           "models were made for 15.")
 
 
 def ffmpeg_exe() -> str:
@@ -62,13 +73,13 @@ def start(arguments: Sequence[str], *, stdin: int, stdout: int, stderr: IO[bytes
                                 stderr=stderr, start_new_session=True, creationflags=flags)
     except OSError as error:
         raise MissingDependency(
-            f"The ffmpeg program {exe} cannot be started ({error.strerror}). Reinstall imageio-ffmpeg, or set "
-            "IMAGEIO_FFMPEG_EXE to a working ffmpeg."
+            f"The ffmpeg program {exe} cannot be started ({error.strerror}). Reinstall imageio-ffmpeg, or "
+            "set IMAGEIO_FFMPEG_EXE to a working ffmpeg."
         ) from error
 
 
 def source(path: Path) -> list[str]:
-    """Arguments that open `path` as a local file, whatever its name looks like, and follow no link out of it."""
+    """Arguments that open `path` as a local file, whatever its name looks like, and follow no link in it."""
     return ["-protocol_whitelist", "file", "-i", f"file:{path}"]
 
 
@@ -117,8 +128,9 @@ def check_encoder(encoder: str, extension: str) -> None:
     """
     exe = ffmpeg_exe()
     if encoder not in _encoders(exe):
-        raise OutputError(f"Cannot write {extension}: the ffmpeg at {exe} has no encoder {encoder}. Choose .gif or "
-                          ".png, or use the ffmpeg that imageio-ffmpeg brings (unset IMAGEIO_FFMPEG_EXE).")
+        raise OutputError(f"Cannot write {extension}: the ffmpeg at {exe} has no encoder {encoder}. Choose "
+                          ".gif or .png, or use the ffmpeg that imageio-ffmpeg brings (unset "
+                          "IMAGEIO_FFMPEG_EXE).")
 
 
 def encode_error(path: Path, status: int, log: str) -> OutputError:
@@ -135,4 +147,5 @@ def encode_error(path: Path, status: int, log: str) -> OutputError:
             return write_error(path, OSError(number, phrase))
     lines = [line for line in log.splitlines() if line.strip()]
     said = lines[0] if lines else f"it ended with status {status}"
-    return OutputError(f"Cannot write {path}: ffmpeg failed: {said}. Try another format (.mp4, .webm, .gif, .png).")
+    return OutputError(f"Cannot write {path}: ffmpeg failed: {said}. Try another format (.mp4, .webm, .gif, "
+                       ".png).")

@@ -1,8 +1,8 @@
 """The settings a clip was made with, as JSON inside the clip.
 
 The JSON object sits under the one key "allegro" of a comment, so that programs which look for other
-applications' keys (a graph called "prompt" or "workflow") do not take ours for theirs. Places: the comment tag
-of .mp4 and .webm, a comment block of .gif, a tEXt chunk "Comment" of .png.
+applications' keys (a graph called "prompt" or "workflow") do not take ours for theirs. Places: the comment
+tag of .mp4 and .webm, a comment block of .gif, a tEXt chunk "Comment" of .png.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AllegroError
-from .ffmpeg import log_text, run, source, start, stop
+from .ffmpeg import check_fps, log_text, run, source, start, stop
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,12 @@ def read_frames(path: str | PathLike[str], *, width: int | None = None, height: 
     Returns:
         (frames [3, T, H, W] float32 in [-1, 1], frames per second).
     Raises:
-        AllegroError: the file is missing, cannot be played or holds no frame.
+        AllegroError: the file is missing, cannot be played or holds no frame; or `fps` is no possible rate.
         MissingDependency: there is no ffmpeg.
     """
     found = probe_clip(path)
-    target = ClipInfo(width or found.width, height or found.height, fps or found.fps)
-    if not math.isfinite(target.fps) or target.fps <= 0:
-        raise AllegroError(f"fps={target.fps}: must be a positive number.")
+    target = ClipInfo(width or found.width, height or found.height, found.fps if fps is None else fps)
+    check_fps(target.fps)
     chunks = list(stream_frames(path, target, max_frames=max_frames))
     if not chunks:
         raise AllegroError(f"The video {path} holds no frame. Use another one.")

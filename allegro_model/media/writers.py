@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -21,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, OutputError
+from ..errors import AllegroError, NonFiniteError, OutputError
 from .atomic import atomic_file, check_output, exists_error, publish, temporary_name, writing
-from .ffmpeg import check_encoder, encode_error, log_text, start, stop
+from .ffmpeg import check_encoder, check_fps, encode_error, log_text, start, stop
 from .metadata import PNG_SIGNATURE, append_gif_comment, ffmetadata, png_chunk, png_comment
 
 # The reference writes H.264 at CRF 10; the .webm numbers give about the same size of file.
@@ -37,8 +36,8 @@ FORMATS = (*_ENCODERS, ".png")
 # Colours are converted to BT.709 in limited range and labelled so: what players assume for HD video. Without
 # the label many assume BT.601 and shift every colour.
 _BT709 = (
-    "scale=out_color_matrix=bt709:out_range=limited:flags=bicubic+accurate_rnd+full_chroma_int,format=yuv420p,"
-    "setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+    "scale=out_color_matrix=bt709:out_range=limited:flags=bicubic+accurate_rnd+full_chroma_int,"
+    "format=yuv420p,setparams=range=limited:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
 )
 # One palette per frame: a common one would need the whole clip in memory before the first frame is written.
 _PALETTE = "split[a][b];[a]palettegen=stats_mode=single[p];[b][p]paletteuse=new=1"
@@ -111,7 +110,8 @@ def check_clip_output(path: str | os.PathLike[str], *, force: bool) -> Path:
     extension = path.suffix.lower()
     if extension not in FORMATS:
         found = f"the extension {path.suffix}" if path.suffix else "no extension"
-        raise OutputError(f"Cannot write {path}: {found} is not a known format. Use one of {', '.join(FORMATS)}.")
+        raise OutputError(f"Cannot write {path}: {found} is not a known format. Use one of "
+                          f"{', '.join(FORMATS)}.")
     if extension != ".png":
         check_encoder(_ENCODERS[extension], extension)
         return check_output(path, force=force)
@@ -126,7 +126,7 @@ def parse_quality(quality: str | int, extension: str) -> int:
     """The constant rate factor for a named or numbered quality; 0 where a format has none.
 
     Raises:
-        OutputError: an unknown name, or a number outside 0...51 (.mp4) or 0...63 (.webm).
+        AllegroError: an unknown name, or a number outside 0...51 (.mp4) or 0...63 (.webm).
     """
     highest = {".mp4": 51, ".webm": 63}.get(extension)
     if highest is None:
@@ -135,8 +135,8 @@ def parse_quality(quality: str | int, extension: str) -> int:
         return QUALITIES[str(quality)][extension]
     if str(quality).isdecimal() and int(quality) <= highest:
         return int(quality)
-    raise OutputError(f"quality={quality}: for {extension} use {', '.join(QUALITIES)} or a rate factor from 0 "
-                      f"(best) to {highest} (smallest).")
+    raise AllegroError(f"quality={quality}: for {extension} use {', '.join(QUALITIES)} or a rate factor from "
+                       f"0 (best) to {highest} (smallest).")
 
 
 @contextmanager
@@ -162,10 +162,10 @@ def open_writer(path: str | os.PathLike[str], width: int, height: int, *, fps: f
         force: an existing file may be replaced; with .png, every numbered picture of that name is.
     Raises:
         OutputError: see `check_clip_output`; or the disk or ffmpeg refused; or no frame was written.
+        AllegroError: `fps` or `quality` is not a possible one.
         MissingDependency: there is no ffmpeg.
     """
-    if not math.isfinite(fps) or not 0 < fps <= 1000:
-        raise OutputError(f"fps={fps}: must be above 0 and at most 1000.")
+    check_fps(fps)
     path = check_clip_output(path, force=force)
     writer = ClipWriter(width, height, _refuse)
     if path.suffix.lower() == ".png":
