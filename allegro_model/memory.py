@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import torch
+
+_MEMINFO = Path("/proc/meminfo")
+# (limit, usage, statistics, name of the reclaimable cache in them) of a container: control groups 2, then 1.
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+     "/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -24,7 +34,17 @@ def total_bytes(device: torch.device) -> int | None:
 
 
 def _host(what: str) -> int | None:
-    """Memory of the machine: by psutil where it is installed, else by what POSIX tells."""
+    """Memory of the machine, "available" or "total", or of the container this process is confined to."""
+    machine = _machine(what)
+    container = _container(what)
+    known = [value for value in (machine, container) if value is not None]
+    return min(known) if known else None
+
+
+def _machine(what: str) -> int | None:
+    """Linux tells by itself; elsewhere psutil is asked where it is installed, then POSIX."""
+    if (found := _entry(_MEMINFO, {"available": "MemAvailable:", "total": "MemTotal:"}[what])) is not None:
+        return found * 1024  # given in units of 1024 bytes
     try:
         import psutil
     except ImportError:
@@ -33,3 +53,23 @@ def _host(what: str) -> int | None:
             return None
         return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     return int(getattr(psutil.virtual_memory(), what))
+
+
+def _container(what: str) -> int | None:
+    """The limit of a Linux container, less what it uses; None outside of one or without a limit."""
+    for limit_file, usage_file, statistics, cache in _CONTAINER:
+        limit, usage = _entry(Path(limit_file)), _entry(Path(usage_file))
+        if limit is not None and usage is not None:
+            reclaimable = _entry(Path(statistics), cache) or 0
+            return limit if what == "total" else max(0, limit - usage + reclaimable)
+    return None
+
+
+def _entry(path: Path, name: str = "") -> int | None:
+    """The number behind `name` in a file of the kernel; None if it is not there, or is a word such as "max"."""
+    try:
+        text = path.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    found = re.search(rf"^{re.escape(name)}\s*(\d+)", text, re.MULTILINE)
+    return int(found.group(1)) if found else None
