@@ -8,6 +8,7 @@ first step, `denoised`. Metadata: everything in `metadata` as JSON under "allegr
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from os import PathLike
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from .errors import UnsupportedCheckpoint
 from .pipeline import SampleSettings, SampleState
+
+# Annotation of a field of SampleSettings -> types its value may have in JSON.
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
 def pack_latents(latents: Tensor, metadata: dict[str, Any]) -> bytes:
@@ -50,6 +54,8 @@ def _read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             metadata = json.loads((file.metadata() or {}).get("allegro", "{}"))
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not an object")
     except (SafetensorError, OSError, ValueError) as error:
         raise UnsupportedCheckpoint(f"{path} is not a readable file of latents ({error}). Expected a .safetensors "
                                     "file written by --save-latents, encode or ComfyUI's SaveLatent.") from error
@@ -84,5 +90,10 @@ def read_state(path: str | PathLike[str]) -> tuple[SampleState, dict[str, Any]]:
     tensors, metadata = _read(path)
     if "noisy_latents" not in tensors or "settings" not in metadata:
         raise UnsupportedCheckpoint(f"{path} holds {sorted(tensors)}: expected a run saved with --stop-at-step.")
-    settings = SampleSettings(**metadata["settings"])
-    return SampleState(tensors["noisy_latents"], int(metadata["step"]), settings, tensors.get("denoised")), metadata
+    stated, step = metadata["settings"], metadata.get("step")
+    kinds = {field.name: _KINDS[str(field.type)] for field in fields(SampleSettings)}
+    if not isinstance(stated, dict) or stated.keys() != kinds.keys() or type(step) is not int or not all(
+            type(stated[name]) in kind for name, kind in kinds.items()):
+        raise UnsupportedCheckpoint(f"{path} holds the settings {stated} after step {step}: expected {sorted(kinds)} and a "
+                                    "whole number. The file is damaged; start the run again.")
+    return SampleState(tensors["noisy_latents"], step, SampleSettings(**stated), tensors.get("denoised")), metadata

@@ -441,18 +441,21 @@ def test_a_run_goes_on_with_its_own_model(allegro: Run, model: str) -> None:
     assert "was made with the model Small, not Other: give the folder of Small with --model" in err
 
 
-@pytest.mark.parametrize("damage", ["settings", "step", "shape", "prompt"])
+@pytest.mark.parametrize("damage", ["size", "settings", "extra", "cfg", "step", "no step", "shape", "prompt"])
 def test_an_edited_run_is_refused(allegro: Run, damage: str) -> None:
     assert allegro("generate", PROMPT, "--stop-at-step", 1, "--save-latents", "half.safetensors")[0] == 0
     tensors, run = load_file("half.safetensors"), json.loads(_metadata("half.safetensors"))
-    if damage == "settings":
-        run["settings"]["width"] = "wide"
-    elif damage == "step":
-        run["step"] = 9
-    elif damage == "prompt":
-        run["prompt"] = ["a"]
-    else:
-        tensors["noisy_latents"] = tensors["noisy_latents"][:, :, :1].contiguous()
+    edits = {
+        "size": lambda: run["settings"].update(width="wide"),
+        "settings": lambda: run.update(settings=[1, 2]),
+        "extra": lambda: run["settings"].update(extra=1),
+        "cfg": lambda: run["settings"].update(guidance_scale="much"),
+        "step": lambda: run.update(step=9),
+        "no step": lambda: run.pop("step"),
+        "prompt": lambda: run.update(prompt=["a"]),
+        "shape": lambda: tensors.update(noisy_latents=tensors["noisy_latents"][:, :, :1].contiguous()),
+    }
+    edits[damage]()
     save_file(tensors, "edited.safetensors", metadata={"allegro": json.dumps(run)})
     code, _, err = allegro("generate", "--resume", "edited.safetensors", "-o", "a.mp4")
     assert code in (3, 4)
