@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..attention import best_attention
 from ..latents import pack_latents, pack_state
 from ..pipeline import PromptEmbeds, SampleState
 from ..sampling import StepInfo
@@ -67,10 +68,11 @@ def _first_state(job: Job, plan: Plan) -> SampleState:
 def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> SampleState:
     """Runs the steps; a run that is stopped is saved where the user wanted its latents."""
     s, pipeline = plan.settings, plan.pipeline
+    kernel = getattr(best_attention(pipeline.device, pipeline.dit_dtype), "__name__", "unnamed")
     job.console.say(
         f"{model_name(job)}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of "
         f"{s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
-        f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, PyTorch attention, no step "
+        f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel}, no step "
         f"cache, about {size(pipeline.sampling_bytes(s))} of working memory")
     last: StepInfo | None = None
     try:
