@@ -36,8 +36,7 @@ def server(comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     os.symlink(PACK, base / "custom_nodes" / "allegro-video")
     # No welcome dialogs, no tutorial; English.
     (base / "user" / "default" / "comfy.settings.json").write_text(
-        '{"Comfy.TutorialCompleted": true, "Comfy.InstalledVersion": "9.9.9", "Comfy.Locale": "en", '
-        '"Comfy.Release.Status": "what\'s new seen", "Comfy.Workflow.ShowMissingModelsWarning": false}', encoding="utf-8")
+        '{"Comfy.TutorialCompleted": true, "Comfy.InstalledVersion": "9.9.9", "Comfy.Locale": "en"}', encoding="utf-8")
     running = Server(comfyui, base, front_end_of(comfyui))
     try:
         running.start()

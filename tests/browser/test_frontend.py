@@ -28,7 +28,16 @@ class Tab:
             f"{message.text} {message.location.get('url', '')}"))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.goto(url)
-        page.wait_for_function(f"() => {APP}?.graph && Object.keys(LiteGraph.registered_node_types).includes('AllegroSampler')")
+        # The editor opens its own first graph late; what is loaded before that would be replaced by it.
+        page.wait_for_function(f"() => {APP}?.canvas?.canvas && {APP}.graph._nodes.length > 0 "
+                               "&& Object.keys(LiteGraph.registered_node_types).includes('AllegroSampler')")
+        page.wait_for_timeout(3000)
+        self.problems.clear()
+
+    @property
+    def dialogs(self) -> list[str]:
+        """Texts of the dialogs on the screen."""
+        return self.page.locator("[role=dialog]:visible").all_inner_texts()
 
     def ours(self) -> list[str]:
         """Complaints about this extension; a template without a picture is allowed."""
@@ -36,7 +45,8 @@ class Tab:
 
     def open(self, graph: dict[str, Any]) -> None:
         self.page.evaluate(f"async graph => {{ await {APP}.loadGraphData(graph) }}", graph)
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_function(f"() => {APP}.graph._nodes.some(node => node.type === 'LoadAllegroDiT')")
+        self.page.wait_for_timeout(3000)
 
     def prompt(self) -> dict[str, Any]:
         return self.page.evaluate(f"async () => (await {APP}.graphToPrompt()).output")
@@ -73,7 +83,7 @@ def test_workflow_opens_and_converts_to_its_api_form(tab: Tab, path: Path, shots
     tab.page.screenshot(path=shots / f"{comfyui.version}-{path.stem}.png")
     missing = tab.page.evaluate(f"() => {APP}.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)")
     assert missing == []
-    assert tab.page.locator("[role=dialog]:visible").count() == 0, tab.page.locator("[role=dialog]:visible").all_inner_texts()
+    assert tab.dialogs == []
     found = {key: {"class_type": node["class_type"], "inputs": dict(node["inputs"])} for key, node in tab.prompt().items()}
     expected = load(path.parent / "api" / path.name)
     for key, node in found.items():
@@ -94,8 +104,13 @@ def test_the_first_clip_of_a_newcomer(tab: Tab, server: Server, shots: Path, com
     """Open the small workflow, run it, see a video."""
     tab.open(load(PACK / "workflows" / "text_to_video_tiny.json"))
     tab.page.evaluate(f"async () => {{ await {APP}.queuePrompt(0, 1) }}")
-    tab.page.wait_for_function("async () => Object.values(await (await fetch('/api/history')).json()).length > 0")
-    (entry,) = server.get("/history").values()
+    entry: dict[str, Any] | None = None
+    for _ in range(PATIENCE // 500):
+        entry = next(iter(server.get("/history").values()), None)
+        if entry is not None:
+            break
+        tab.page.wait_for_timeout(500)
+    assert entry is not None, server.log[-2000:]
     assert entry["status"]["status_str"] == "success", server.log[-2000:]
     tab.page.wait_for_selector("video", state="attached")
     tab.page.wait_for_timeout(2000)
