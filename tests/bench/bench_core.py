@@ -2,7 +2,7 @@
 
     python tests/bench/bench_core.py                     # every row, to the terminal
     python tests/bench/bench_core.py dit vae --rounds 5  # rows whose name contains one of the words
-    python tests/bench/bench_core.py --write docs/benchmarks.md
+    python tests/bench/bench_core.py --write docs/benchmarks.md   # rows that are not run keep their line in the file
 
 Each row has one process per side. A round runs ours, then theirs; the table has the medians. Nothing here asserts:
 numbers depend on the machine and on what else it is doing, the ratio within one run does not.
@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,13 @@ class Row:
 def rows() -> Iterator[Row]:
     for tokens, shape in ((3600, [1, 90, 160]), (14400, [4, 90, 160])):
         for dtype in ("float32", "bfloat16"):
-            yield Row(f"DiT forward, {tokens:,} tokens, {dtype}", "dit", {"dtype": dtype, "shape": shape})
+            yield Row(f"DiT forward, {tokens:,} tokens, {dtype}", "dit", {"dtype": dtype, "shape": shape}, warm=tokens < 10000)
     # Tiles small enough for a few seconds each; four tiles are two along time and two along the width.
-    tile, overlap = [8, 96, 96], [4, 32, 32]
+    tile, overlap = [8, 64, 64], [4, 24, 24]
     for direction in ("encode", "decode"):
-        for count, size in ((1, [8, 96, 96]), (4, [12, 96, 160])):
+        for count, size in ((1, [8, 64, 64]), (4, [12, 64, 104])):
             for dtype in ("float32", "bfloat16"):
-                name = f"VAE {direction}, {count} tile{'s' if count > 1 else ''} of 8x96x96, {dtype}"
+                name = f"VAE {direction}, {count} tile{'s' if count > 1 else ''} of 8x64x64, {dtype}"
                 yield Row(name, "vae", {"dtype": dtype, "direction": direction, "size": size, "tile": tile, "overlap": overlap})
     yield Row("load a 5.5 GB DiT", "load", {"read": False})
     yield Row("load a 5.5 GB DiT and read every weight", "load", {"read": True})
@@ -141,8 +141,8 @@ def large_checkpoint() -> Iterator[str]:
         target = Path(folder) / "transformer"
         target.mkdir()
         model = AllegroDiT(PRESETS["88x720P"].dit, device="meta")
-        generator = torch.Generator().manual_seed(0)
-        weights = {k: torch.empty(v.shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02, generator=generator)
+        block = torch.empty(2**22, dtype=torch.bfloat16).uniform_(-0.02, 0.02)
+        weights = {k: block.repeat(v.numel() // len(block) + 1)[: v.numel()].view(v.shape).clone()
                    for k, v in model.state_dict().items()}
         save_file(weights, target / "diffusion_pytorch_model.safetensors")
         config = {"_class_name": "AllegroTransformer3DModel", "num_layers": 32}
@@ -162,24 +162,34 @@ def line(result: Result) -> str:
     ours, theirs = (result.median(s) for s in SIDES)
     memory = f"{gib(result.peak['ours'])} | {gib(result.peak['diffusers'])}" if any(result.peak.values()) else "- | -"
     difference = f"{result.difference:.0e}" if result.difference is not None else "-"
-    return f"| {result.row.name} | {ours:.3g} s | {theirs:.3g} s | {ours / theirs:.2f} | {memory} | {difference} |"
+    rounds = len(result.seconds["ours"])
+    return (f"| {result.row.name} | {ours:.3g} s | {theirs:.3g} s | {ours / theirs:.2f} | {memory} | {difference} | "
+            f"{rounds} |")
 
 
-HEADER = """| what | ours | diffusers | ratio | memory, ours | memory, diffusers | difference |
-|---|---|---|---|---|---|---|"""
+HEADER = """| what | ours | diffusers | ratio | memory, ours | memory, diffusers | difference | rounds |
+|---|---|---|---|---|---|---|---|"""
 
 
-def document(results: list[Result], rounds: int, threads: int) -> str:
+def merged(path: Path, results: list[Result]) -> list[str]:
+    """Lines of the table: the new ones, and those of the file whose rows were not run."""
+    lines = {r.row.name: line(r) for r in results}
+    if path.exists():
+        old = (text for text in path.read_text(encoding="utf-8").splitlines() if text.startswith("| "))
+        lines = {text.split(" | ")[0].removeprefix("| "): text for text in old} | lines
+    return [lines[r.name] for r in rows() if r.name in lines]
+
+
+def document(table: str, threads: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
-    table = "\n".join(line(r) for r in results)
     return f"""# Benchmarks
 
 Written by `make bench` (`tests/bench/bench_core.py`). Against diffusers' Allegro port, with the same random weights and
 inputs, on {os.cpu_count()} CPU cores ({platform.machine()}, {threads} threads); {versions}, Python {platform.python_version()}.
 
-Each side runs in its own process; a round runs ours, then theirs, and the table has the medians of {rounds} rounds. Read the
-ratio (ours / diffusers, below 1 = ours is faster): the seconds depend on the machine and on what else it was doing. Memory is
-the peak above the loaded model and its inputs. Difference is that of the two results, relative (root mean square); in
+Each side runs in its own process; a round runs ours, then theirs, and the table has the medians over the rounds. Read the
+ratio (ours / diffusers, below 1 = ours is faster): the seconds depend on the machine and on what else it was doing, and it was
+busy here. Memory is the peak above the loaded model and its inputs. Difference is that of the two results, relative (root mean square); in
 bfloat16 both differ from the exact result by about that much.
 
 {HEADER}
@@ -204,16 +214,15 @@ def main() -> None:
     chosen = [r for r in rows() if not args.words or any(w in r.name for w in args.words)]
     results = []
     print(HEADER)
-    for row in chosen:
-        if row.task == "load":
-            with large_checkpoint() as folder:
-                row = Row(row.name, row.task, {**row.options, "path": folder})
-                results.append(measure(row, args.rounds, args.threads))
-        else:
+    with large_checkpoint() if any(r.task == "load" for r in chosen) else nullcontext("") as folder:
+        for row in chosen:
+            if row.task == "load":
+                row = replace(row, options={**row.options, "path": folder})
             results.append(measure(row, args.rounds, args.threads))
-        print(line(results[-1]), flush=True)
-    if args.write:
-        args.write.write_text(document(results, args.rounds, args.threads), encoding="utf-8")
+            print(line(results[-1]), flush=True)
+            if args.write:
+                table = "\n".join(merged(args.write, results))
+                args.write.write_text(document(table, args.threads), encoding="utf-8")
 
 
 if __name__ == "__main__":
