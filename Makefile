@@ -7,7 +7,7 @@
 
 PYTHON      ?= python3
 TORCH       ?= torch==2.13.0
-PROMPT      ?= a red circle moves to the right on a blue background
+PROMPT      ?= a red circle moves right over a blue background
 DEMO        ?= demo.mp4
 PYTEST_ARGS ?=
 
