@@ -108,7 +108,7 @@ def _own_logging(console: Console, *, verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def _terminate_like_ctrl_c() -> Iterator[None]:
-    """Makes a polite request to end (SIGTERM) clean up as Ctrl-C does."""
+    """Makes a request to end (SIGTERM) and a closed terminal (SIGHUP) clean up as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -116,9 +116,13 @@ def _terminate_like_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # What somebody else handles or ignores (nohup) stays with them.
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)

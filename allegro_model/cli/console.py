@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TextIO
 
 _BAR_WIDTH = 24
 _REDRAW_SECONDS = 0.1  # a terminal needs no more
+_TICK_SECONDS = 1.0
 _LINE_SECONDS = 10.0  # between lines in a log file
 
 
@@ -73,57 +75,84 @@ class Progress:
         self.started = time.monotonic()
         self.counted_from = self.started
         self.shown = self.started
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
         if console.live:
             self._draw()
         else:
             console.say(f"{title} ...")
+        if not console.quiet:
+            threading.Thread(target=self._tick, daemon=True).start()
 
     def update(self, done: int, total: int) -> None:
         """`done` of `total` units are finished; the signature of every progress callback in this package."""
         now = time.monotonic()
-        if not self.total:
-            # The first unit is not timed: it pays for warming up.
-            self.first, self.counted_from = done, now
-        self.done, self.total = done, total
-        if self.console.live:
-            if done == total or now - self.shown >= _REDRAW_SECONDS:
-                self.shown = now
-                self._draw()
-        elif done < total and (now - self.shown >= _LINE_SECONDS or self._worth_an_estimate(now)):
-            self.shown = now
-            self.console.say(f"{self.title}: {self._count()}{self._remaining()}")
-
-    def _worth_an_estimate(self, now: float) -> bool:
-        """After the second timed unit, if the rest takes longer than the next line would."""
-        finished = self.done - self.first
-        return finished == 2 and (now - self.counted_from) / 2 * (self.total - self.done) > _LINE_SECONDS
+        with self.lock:
+            if not self.total:
+                # The first unit is not timed: it pays for warming up.
+                self.first, self.counted_from = done, now
+            self.done, self.total = done, total
+            self._show(now, estimate=done - self.first == 2)
 
     def close(self, *, finished: bool) -> None:
         """Ends the bar and says how long it took."""
+        self.ended.set()
+        with self.lock:
+            if self.console.live:
+                self.console.stream.write("\r\x1b[K")
+            spent = duration(time.monotonic() - self.started)
+            reached = f", at {self._count()}" if self.total else ""
+            self.console.say(f"{self.title}: done in {spent}" if finished else
+                             f"{self.title}: stopped after {spent}{reached}")
+
+    def _tick(self) -> None:
+        """Shows, in a thread of its own, that time passes, even when nothing can be counted."""
+        while not self.ended.wait(_TICK_SECONDS):
+            with self.lock:
+                if not self.ended.is_set():
+                    self._show(time.monotonic(), estimate=False)
+
+    def _show(self, now: float, *, estimate: bool) -> None:
+        """Redraws the bar, or writes a line if it is time for one; `estimate` asks for one a bit earlier."""
         if self.console.live:
-            self.console.stream.write("\r\x1b[K")
-        spent = duration(time.monotonic() - self.started)
-        reached = f", at {self._count()}" if self.total else ""
-        self.console.say(f"{self.title}: done in {spent}" if finished else
-                         f"{self.title}: stopped after {spent}{reached}")
+            if self.done == self.total or now - self.shown >= _REDRAW_SECONDS:
+                self.shown = now
+                self._draw()
+            return
+        if self.total and self.done == self.total:
+            return
+        early = estimate and self._seconds_left(now) > _LINE_SECONDS
+        if early or now - self.shown >= _LINE_SECONDS:
+            self.shown = now
+            state = f"{self._count()}{self._remaining(now)}" if self.total else duration(now - self.started)
+            self.console.say(f"{self.title}: {state}")
 
     def _count(self) -> str:
         return f"{self.unit} {self.done} of {self.total}".strip()
 
-    def _remaining(self) -> str:
+    def _seconds_each(self, now: float) -> float:
         finished = self.done - self.first
-        if finished <= 0:
+        return (now - self.counted_from) / finished if finished > 0 else 0.0
+
+    def _seconds_left(self, now: float) -> float:
+        return self._seconds_each(now) * (self.total - self.done)
+
+    def _remaining(self, now: float) -> str:
+        if self.done <= self.first:
             return ""
-        each = (time.monotonic() - self.counted_from) / finished
-        return f", {duration(each)} each, {duration(each * (self.total - self.done))} left"
+        each = self._seconds_each(now)
+        speed = f", {duration(each)} each" if each >= 0.1 else ""
+        return f"{speed}, {duration(self._seconds_left(now))} left"
 
     def _draw(self) -> None:
+        now = time.monotonic()
         if not self.total:
-            text = f"{self.title} ..."
+            spent = now - self.started
+            text = f"{self.title} ..." + (f" {duration(spent)}" if spent >= _TICK_SECONDS else "")
         else:
             filled = _BAR_WIDTH * self.done // self.total
             text = (f"{self.title} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._count()}"
-                    f"{self._remaining()}")
+                    f"{self._remaining(now)}")
         width = shutil.get_terminal_size().columns - 1
         self.console.stream.write("\r\x1b[K" + text[:width])
         self.console.stream.flush()

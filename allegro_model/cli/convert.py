@@ -103,7 +103,8 @@ def _read(job: Job, width: int, height: int) -> tuple[Tensor, float]:
         check_memory("The clip", 2 * frames_bytes(width, height, args.frames), free or 0,
                      "fewer --frames; a smaller --width and --height")
     wanted = args.frames if args.frames is not None else None if limit is None else limit + 1
-    with job.report.measure("reading", torch.device("cpu")), job.console.progress("Reading the video"):
+    with (job.report.measure("reading the video", torch.device("cpu")),
+          job.console.progress("Reading the video")):
         frames, fps = read_frames(args.clip, width=width, height=height, fps=args.fps, max_frames=wanted)
     available = int(frames.shape[1])
     if args.frames is None and limit is not None and available > limit:

@@ -198,8 +198,10 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSett
     fps = choose_fps(args.fps, {}, pipeline)
     probe_clip(args.init_video)
     _check_clip_memory(settings)
-    frames, _ = read_frames(args.init_video, width=settings.width, height=settings.height,
-                            fps=fps, max_frames=settings.num_frames)
+    with (job.report.measure("reading the video", torch.device("cpu")),
+          job.console.progress("Reading the video")):
+        frames, _ = read_frames(args.init_video, width=settings.width, height=settings.height, fps=fps,
+                                max_frames=settings.num_frames)
     usable = frames.shape[1] // TEMPORAL_FACTOR * TEMPORAL_FACTOR
     if usable < settings.num_frames and (args.frames is not None or usable == 0):
         raise GeometryError(f"num_frames={settings.num_frames}: {args.init_video} has only {frames.shape[1]} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from .atomic import write_error
 
 # Phrases ffmpeg prints for a refused write, and the error number that means the same.
 _REFUSALS = {
-    os.strerror(errno.ENOSPC): errno.ENOSPC,
-    os.strerror(errno.EDQUOT): errno.EDQUOT,
-    os.strerror(errno.EFBIG): errno.EFBIG,
-    os.strerror(errno.EROFS): errno.EROFS,
-    os.strerror(errno.EACCES): errno.EACCES,
+    "no space left on device": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "file too large": errno.EFBIG,
+    "read-only file system": errno.EROFS,
+    "permission denied": errno.EACCES,
 }
 _SIGXFSZ = 25  # how Linux and macOS end a program whose file grew over the account's limit
 
@@ -143,7 +142,7 @@ def encode_error(path: Path, status: int, log: str) -> OutputError:
     if status == -_SIGXFSZ:
         return write_error(path, OSError(errno.EFBIG, ""))
     for phrase, number in _REFUSALS.items():
-        if phrase.lower() in log.lower():
+        if phrase in log.lower():
             return write_error(path, OSError(number, phrase))
     lines = [line for line in log.splitlines() if line.strip()]
     said = lines[0] if lines else f"it ended with status {status}"

@@ -802,6 +802,21 @@ def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines()[-1] == "Decoding: stopped after 0.0 s, at tile 2 of 8"
 
 
+def test_time_passes_where_nothing_can_be_counted(monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "_TICK_SECONDS", 0.01)
+    monkeypatch.setattr(console, "_LINE_SECONDS", 0.02)
+    terminal = Terminal()
+    for target in (terminal, None):
+        with Console(target).progress("Reading the prompt"):  # type: ignore[arg-type]
+            time.sleep(0.5)
+    assert len(re.findall(r"Reading the prompt \.\.\. 0\.\d s", terminal.text)) > 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Reading the prompt ..."
+    assert re.fullmatch(r"Reading the prompt: 0\.\d s", lines[1])
+    assert re.fullmatch(r"Reading the prompt: done in \d\.\d s", lines[-1])
+
+
 def test_units() -> None:
     assert [duration(s) for s in (0.04, 9.94, 10, 59.4, 59.6, 61, 3599.6, 3723)] == [
         "0.0 s", "9.9 s", "10 s", "59 s", "1:00", "1:01", "1:00:00", "1:02:03"]
