@@ -51,7 +51,8 @@ def rows() -> Iterator[Row]:
                 yield Row(name, "vae", {"dtype": dtype, "direction": direction, "size": size, "tile": tile, "overlap": overlap})
     yield Row("load a 5.5 GB DiT", "load", {"read": False})
     yield Row("load a 5.5 GB DiT and read every weight", "load", {"read": True})
-    yield Row("import, with torch already imported", "import")
+    yield Row("import, with torch already imported", "import", {"import": "package"})
+    yield Row("import the extension, with ComfyUI already imported", "import", {"import": "extension"})
 
 
 # Processes
@@ -60,9 +61,9 @@ def rows() -> Iterator[Row]:
 class Side:
     """A running sides.py."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "sides.py"), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, str(HERE / "sides.py"), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))})
 
     def ask(self, **message: Any) -> dict[str, Any]:
@@ -82,8 +83,9 @@ class Side:
 
 
 @contextmanager
-def pair() -> Iterator[dict[str, Side]]:
-    sides = {name: Side(name) for name in SIDES}
+def pair(ours: str = sys.executable) -> Iterator[dict[str, Side]]:
+    """Both processes; `ours` is the interpreter of our side."""
+    sides = {"ours": Side("ours", ours), "diffusers": Side("diffusers")}
     try:
         yield sides
     finally:
@@ -105,10 +107,11 @@ class Result:
 def measure(row: Row, rounds: int, threads: int) -> Result:
     result = Result(row, {s: [] for s in SIDES}, dict.fromkeys(SIDES, 0), None)
     if row.task == "import":
+        inside = row.options["import"] == "extension"
         for _ in range(rounds):
-            with pair() as sides:
+            with pair(os.environ.get("COMFYUI_PYTHON", sys.executable) if inside else sys.executable) as sides:
                 for name, side in sides.items():
-                    result.seconds[name].append(side.ask(**{"import": True})["seconds"])
+                    result.seconds[name].append(side.ask(**row.options)["seconds"])
         return result
     samples = {}
     with pair() as sides:
@@ -200,7 +203,8 @@ bfloat16 both differ from the exact result by about that much.
   does not show.
 - VAE: the released network (128, 256, 512, 512 channels). Four tiles are two along time and two along the width.
 - Loading maps the file; weights are read from disk when they are first used, hence the second row. The file is in the disk cache.
-- Import is what a script needs to build a pipeline, after `import torch`.
+- Import is what a script needs to build a pipeline, after `import torch`; for the extension, what ComfyUI waits for when it
+  starts (measured when `COMFYUI_PATH` and `COMFYUI_PYTHON` are set), against the same import of diffusers.
 """
 
 
@@ -212,6 +216,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
     args = parser.parse_args()
     chosen = [r for r in rows() if not args.words or any(w in r.name for w in args.words)]
+    if not os.environ.get("COMFYUI_PATH"):
+        chosen = [r for r in chosen if r.options.get("import") != "extension"]
     results = []
     print(HEADER)
     with large_checkpoint() if any(r.task == "load" for r in chosen) else nullcontext("") as folder:

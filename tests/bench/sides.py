@@ -1,10 +1,13 @@
 """One side of the benchmark in a process of its own: `python sides.py ours|diffusers`, driven over stdin and stdout.
 
-Each line in is a JSON object: {"setup": task, "options": {...}}, {"run": true} or {"import": true}. Each line out is a
-JSON object with the seconds, the peak of the resident memory above its value before, and a checksum of the result.
+Each line in is a JSON object: {"setup": task, "options": {...}}, {"run": true} or {"import": "package"|"extension"}. Each
+line out is a JSON object with the seconds, the peak of the resident memory above its value before, and a part of the result.
 """
 
+import importlib
+import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -165,16 +168,43 @@ def measured(run: Run) -> tuple[Any, dict[str, Any]]:
     return result, {"seconds": seconds, "peak": memory_peak() - before}
 
 
-def import_side(side: str) -> dict[str, Any]:
-    """Seconds to import what a script needs, with torch already there."""
+def import_side(side: str, what: str) -> dict[str, Any]:
+    """Seconds to import what a script needs with torch already there, or the extension with ComfyUI already there."""
     import torch  # noqa: F401 (both sides need it; its own import is not ours to judge)
 
+    extension = side == "ours" and what == "extension"
+    if extension:
+        import_comfyui()
     start = time.perf_counter()
-    if side == "ours":
+    if extension:
+        import_extension()
+    elif side == "ours":
         from allegro_model import AllegroPipeline
     else:
         from diffusers import AllegroPipeline  # noqa: F401
     return {"seconds": time.perf_counter() - start}
+
+
+def import_comfyui() -> None:
+    """What ComfyUI has imported by the time it loads extensions."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    for name in ("nodes", "comfy_api.latest", "comfy.sd", "latent_preview", "server"):
+        importlib.import_module(name)
+
+
+def import_extension() -> None:
+    """As ComfyUI does it: by path, under a name made from the path."""
+    folder = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("extension", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["extension"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["extension"])
+    assert hasattr(sys.modules["extension"], "comfy_entrypoint")
 
 
 def main() -> None:
@@ -183,7 +213,7 @@ def main() -> None:
     for line in sys.stdin:
         message = json.loads(line)
         if "import" in message:
-            answer(**import_side(side))
+            answer(**import_side(side, message["import"]))
             continue
         import torch
 
