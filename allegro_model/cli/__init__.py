@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
 from ..errors import AllegroError
 from .console import Console
 from .convert import decode, encode
@@ -22,7 +20,7 @@ from .generate import generate
 from .inspect import inspect
 from .job import Job
 from .parser import build_parser
-from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code
+from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code, is_out_of_memory
 
 __all__ = ["main"]
 
@@ -75,7 +73,7 @@ def _explain(job: Job, error: BaseException, code: int) -> None:
         job.console.error("".join(traceback.format_exception(error)).rstrip())
     if code == EXIT_CANCELLED:
         job.console.error(f"Cancelled during: {job.report.stage}.")
-    elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+    elif is_out_of_memory(error):
         job.console.error(f"Error: memory ran out during: {job.report.stage}. Try, in this order: a smaller "
                           "--tile; fewer --frames; a smaller --width and --height; closing other programs.")
     elif isinstance(error, AllegroError):

@@ -36,13 +36,11 @@ class Console:
 
     def error(self, text: str) -> None:
         """One line that is shown even when quiet."""
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        _write(self.stream, text + "\n")
 
     def result(self, text: str) -> None:
         """What the command was run for, on standard output."""
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        _write(sys.stdout, text + "\n")
 
     @contextmanager
     def progress(self, title: str, unit: str = "") -> Iterator[Progress]:
@@ -156,6 +154,13 @@ class Progress:
         width = shutil.get_terminal_size().columns - 1
         self.console.stream.write("\r\x1b[K" + text[:width])
         self.console.stream.flush()
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Writes what the stream can show: a prompt may hold characters its encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(text.encode(encoding, "replace").decode(encoding))
+    stream.flush()
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import GeometryError, NotEnoughMemory
 from ..geometry import PIXEL_MULTIPLE, TEMPORAL_FACTOR, check_memory, check_size, frames_bytes
-from ..latents import pack_latents, read_latents
+from ..latents import pack_latents
 from ..media import probe_clip, read_frames
 from ..memory import free_bytes
 from ..pipeline import check_finite
@@ -22,6 +22,7 @@ from .job import (
     check_latents_output,
     check_report_output,
     choose_fps,
+    load_latents,
     model_name,
     open_model,
     write_bytes,
@@ -39,8 +40,7 @@ def decode(job: Job) -> None:
     job.report.stage = "checking"
     output = check_clip(job)
     check_report_output(job)
-    latents, saved = read_latents(args.latents)
-    _check_latents(args.latents, latents)
+    latents, saved = load_latents(args.latents)
     pipeline = open_model(job)
     t, h, w = (int(cells) for cells in latents.shape[2:])
     pipeline.check_tile_memory(TEMPORAL_FACTOR * t, 8 * h, 8 * w)
@@ -49,13 +49,6 @@ def decode(job: Job) -> None:
     metadata = {**saved, "fps": fps, **base_metadata()}
     job.report.facts["settings"] = metadata
     write_clip(job, pipeline, latents, output, fps=fps, metadata=metadata)
-
-
-def _check_latents(path: str, latents: Tensor) -> None:
-    if latents.shape[0] != 1 or 0 in latents.shape:
-        raise GeometryError(f"{path} holds latents of shape {list(latents.shape)}: expected one video, "
-                            "[1, 4, frames, height, width]. Save each video of a batch in its own file.")
-    check_finite(latents, path)
 
 
 def encode(job: Job) -> None:

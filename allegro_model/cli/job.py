@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..errors import AllegroError, CheckpointError, OutputError
-from ..latents import pack_latents
+from ..errors import AllegroError, CheckpointError, GeometryError, OutputError
+from ..latents import pack_latents, read_latents
 from ..media import (
     atomic_file,
     check_clip_output,
@@ -27,7 +27,7 @@ from ..media import (
     parse_quality,
 )
 from ..media.atomic import writing
-from ..pipeline import AllegroPipeline
+from ..pipeline import AllegroPipeline, check_finite
 from ..vae import Tiling
 from .console import Console
 from .report import Report, UsageError
@@ -64,6 +64,22 @@ class Job:
 
 
 # Before the work
+
+
+def load_latents(path: str) -> tuple[Tensor, dict[str, Any]]:
+    """Raw latents [1, 4, t, h, w] of one video, and the metadata beside them.
+
+    Raises:
+        UnsupportedCheckpoint: see `read_latents`.
+        GeometryError: a batch, or nothing.
+        NonFiniteError: NaN or Inf.
+    """
+    latents, saved = read_latents(path)
+    if latents.shape[0] != 1 or 0 in latents.shape:
+        raise GeometryError(f"{path} holds latents of shape {list(latents.shape)}: expected one video, "
+                            "[1, 4, frames, height, width]. Save each video of a batch in its own file.")
+    check_finite(latents, path)
+    return latents, saved
 
 
 def check_report_output(job: Job) -> None:

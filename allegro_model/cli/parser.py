@@ -103,7 +103,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--negative", metavar="TEXT", help="what to steer away from; empty for nothing")
     group.add_argument("--template", action=argparse.BooleanOptionalAction,
                        help="wrap the prompt in the official quality words")
-    group.add_argument("--no-clean", dest="clean", action="store_false",
+    group.add_argument("--no-clean", action="store_const", const=True,
                        help='keep the prompt as it is: the official cleaning deletes words such as "r2d2"')
     group.add_argument("--seed", type=int, help="0 or above; the same seed gives the same video (default 42)")
     group.add_argument("--init-video", metavar="FILE",

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..errors import GeometryError, TextError
 from ..geometry import LATENT_CHANNELS, TEMPORAL_FACTOR, check_memory, frames_bytes, latent_shape
-from ..latents import read_latents, read_state
+from ..latents import read_state
 from ..loading import open_source
 from ..media import probe_clip, read_frames
 from ..memory import free_bytes
-from ..pipeline import AllegroPipeline, SampleSettings, SampleState
+from ..pipeline import AllegroPipeline, SampleSettings, SampleState, check_finite
 from ..text import format_negative, format_prompt
 from .job import (
     BUNDLED,
@@ -28,6 +28,7 @@ from .job import (
     check_latents_output,
     check_report_output,
     choose_fps,
+    load_latents,
     model_name,
     open_model,
 )
@@ -36,8 +37,8 @@ from .report import UsageError
 DEFAULT_SEED = 42  # the reference script's
 DEFAULT_DENOISE = 0.6
 # Options a saved run brings with it.
-_FIXED_BY_RESUME = ("prompt", "negative", "template", "seed", "init_video", "denoise", "frames", "width",
-                    "height", "steps", "cfg", "sampler")
+_FIXED_BY_RESUME = ("prompt", "negative", "template", "no_clean", "seed", "init_video", "denoise", "frames",
+                    "width", "height", "steps", "cfg", "sampler")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _text(job: Job, pipeline: AllegroPipeline, saved: Mapping[str, Any]) -> Text
             raise TextError(f"{args.resume} holds no usable prompts. Start the run again.")
     else:
         text = Text(args.prompt, defaults.negative_prompt if args.negative is None else args.negative,
-                    defaults.prompt_template if args.template is None else args.template, args.clean)
+                    defaults.prompt_template if args.template is None else args.template, not args.no_clean)
     if not text.prompt.strip():
         raise TextError('The prompt is empty. Say what the video shows, e.g. "a red circle moves right".')
     if not format_prompt(text.prompt, template=False, clean=text.clean):
@@ -162,10 +163,12 @@ def _settings_of(path: str, state: SampleState) -> SampleSettings:
     s = state.settings
     s.check()
     expected = [1, LATENT_CHANNELS, *latent_shape(s.width, s.height, s.num_frames)]
-    if list(state.latents.shape) != expected or state.finished or state.step < 0:
+    if any(list(x.shape) != expected for x in (state.latents, state.denoised) if x is not None) \
+            or state.finished or state.step < 0:
         raise GeometryError(f"{path} holds latents of shape {list(state.latents.shape)} after step "
                             f"{state.step}: expected {expected} and a step below {s.num_steps}. The file is "
                             "damaged; start the run again.")
+    check_finite(state.latents, path)
     return s
 
 
@@ -186,7 +189,7 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSett
         return pipeline.settings(**values), None
     values["denoise"] = DEFAULT_DENOISE if args.denoise is None else args.denoise
     if Path(args.init_video).suffix.lower() == LATENTS_SUFFIX:
-        latents, _ = read_latents(args.init_video)
+        latents, _ = load_latents(args.init_video)
         t, h, w = (int(n) for n in latents.shape[2:])
         own = {"width": 8 * w, "height": 8 * h, "num_frames": TEMPORAL_FACTOR * t}
         for name, value in own.items():

@@ -34,14 +34,14 @@ class UsageError(AllegroError):
 
 
 # Exit codes: (code, meaning, errors that lead to it). The first entry whose errors match wins.
-EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_INPUT, EXIT_CANCELLED = 0, 1, 2, 3, 130
+EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_INPUT, EXIT_MEMORY, EXIT_CANCELLED = 0, 1, 2, 3, 6, 130
 EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
     (EXIT_OK, "done", ()),
     (EXIT_BUG, "an error this program did not expect; please report it", ()),
     (EXIT_USAGE, "the command line cannot be understood", (UsageError,)),
     (4, "the model files are missing, damaged or of the wrong kind", (CheckpointError,)),
     (5, "the result cannot be written: existing file, full disk, no permission", (OutputError,)),
-    (6, "not enough memory", (NotEnoughMemory, MemoryError, torch.OutOfMemoryError)),
+    (EXIT_MEMORY, "not enough memory", (NotEnoughMemory,)),
     (7, "an optional package is missing", (MissingDependency,)),
     (8, "NaN or Inf appeared in the latents or frames", (NonFiniteError,)),
     (EXIT_CANCELLED, "cancelled with Ctrl-C", (Cancelled, KeyboardInterrupt)),
@@ -49,8 +49,16 @@ EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
 ]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; on a CPU, PyTorch says so with a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code an exception leads to."""
+    if is_out_of_memory(error):
+        return EXIT_MEMORY
     return next((code for code, _, errors in EXIT_CODES if isinstance(error, errors)), EXIT_BUG)
 
 

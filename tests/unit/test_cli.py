@@ -345,6 +345,10 @@ WRONG: dict[str, tuple[list[object], int, str]] = {
     "stop with output": (["--stop-at-step", 2, "--save-latents", "n.safetensors"], 2, "leave out --output"),
     "stop too late": (["NO OUTPUT", "--stop-at-step", 4, "--save-latents", "n.safetensors"], 2, "must be from 1 to 3"),
     "resume and prompt": (["--resume", "half.safetensors", "--seed", 1], 2, "keeps its prompt and settings: leave out PROMPT, --seed"),
+    "resume and words": (["PROMPT", "--resume", "half.safetensors", "--no-clean", "--no-template"], 2,
+                         "leave out --template, --no-clean"),
+    "latents of a batch": (["--init-video", "batch.safetensors"], 3, "batch.safetensors holds latents of shape.*one video"),
+    "latents of nan": (["--init-video", "nan.safetensors"], 8, "NaN or Inf appeared in nan.safetensors"),
     "resume nothing": (["PROMPT", "--resume", "none.safetensors"], 4, "none.safetensors is not a readable file of latents"),
     "resume finished": (["PROMPT", "--resume", "l.safetensors"], 4, "expected a run saved with --stop-at-step"),
     "model": (["--model", "none"], 4, "--model none: there is no such folder"),
@@ -367,6 +371,8 @@ def wrong_inputs(tmp_path_factory: pytest.TempPathFactory, model: str) -> Path:
     clip(str(folder / "in.mp4"))
     (folder / "broken.mp4").write_bytes(b"not a video")
     (folder / "empty").mkdir()
+    save_file({"latent_tensor": torch.zeros(2, 4, 2, 4, 4)}, folder / "batch.safetensors")
+    save_file({"latent_tensor": torch.full((1, 4, 2, 4, 4), float("nan"))}, folder / "nan.safetensors")
     save_file({"latent_tensor": torch.zeros(1, 4, 1, 2, 2)}, folder / "l.safetensors")
     assert cli.main(["generate", PROMPT, "--model", model, "--stop-at-step", "1", "--save-latents",
                      str(folder / "half.safetensors"), "--quiet"]) == 0
@@ -441,7 +447,7 @@ def test_a_run_goes_on_with_its_own_model(allegro: Run, model: str) -> None:
     assert "was made with the model Small, not Other: give the folder of Small with --model" in err
 
 
-@pytest.mark.parametrize("damage", ["size", "settings", "extra", "cfg", "step", "no step", "shape", "prompt"])
+@pytest.mark.parametrize("damage", ["size", "settings", "extra", "cfg", "step", "no step", "shape", "denoised", "nan", "prompt"])
 def test_an_edited_run_is_refused(allegro: Run, damage: str) -> None:
     assert allegro("generate", PROMPT, "--stop-at-step", 1, "--save-latents", "half.safetensors")[0] == 0
     tensors, run = load_file("half.safetensors"), json.loads(_metadata("half.safetensors"))
@@ -453,12 +459,14 @@ def test_an_edited_run_is_refused(allegro: Run, damage: str) -> None:
         "step": lambda: run.update(step=9),
         "no step": lambda: run.pop("step"),
         "prompt": lambda: run.update(prompt=["a"]),
+        "denoised": lambda: tensors.update(denoised=tensors["denoised"][:, :3].contiguous()),
+        "nan": lambda: tensors["noisy_latents"].fill_(float("nan")),
         "shape": lambda: tensors.update(noisy_latents=tensors["noisy_latents"][:, :, :1].contiguous()),
     }
     edits[damage]()
     save_file(tensors, "edited.safetensors", metadata={"allegro": json.dumps(run)})
     code, _, err = allegro("generate", "--resume", "edited.safetensors", "-o", "a.mp4")
-    assert code in (3, 4)
+    assert code == 8 if damage == "nan" else code in (3, 4)
     assert err.startswith("Error: ")
     assert files() == ["edited.safetensors", "half.safetensors"]
 
@@ -507,7 +515,9 @@ def test_incomplete_models(allegro: Run, model: str) -> None:
 def test_latents_are_kept_when_decoding_fails(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert allegro("generate", PROMPT, "-o", "good.png", "--save-latents", "good.safetensors")[0] == 0
     before = files()
-    for error, expected_code in [(torch.OutOfMemoryError("no"), 6), (KeyboardInterrupt(), 130), (RuntimeError("bug"), 1)]:
+    for error, expected_code in [
+            (torch.OutOfMemoryError("no"), 6), (RuntimeError("[enforce fail] DefaultCPUAllocator: no"), 6), (KeyboardInterrupt(), 130),
+            (RuntimeError("bug"), 1)]:
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
         monkeypatch.setattr(AllegroPipeline, "decode_stream", fail)
@@ -815,6 +825,15 @@ def test_time_passes_where_nothing_can_be_counted(monkeypatch: pytest.MonkeyPatc
     assert lines[0] == "Reading the prompt ..."
     assert re.fullmatch(r"Reading the prompt: 0\.\d s", lines[1])
     assert re.fullmatch(r"Reading the prompt: done in \d\.\d s", lines[-1])
+
+
+def test_a_console_that_lacks_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    Console().result("prompt: \u732b \udcff")
+    plain.seek(0)
+    assert plain.read() == "prompt: ? ?\n"
 
 
 def test_units() -> None:
