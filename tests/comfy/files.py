@@ -28,6 +28,10 @@ def write_variants(models: Path, model: Path) -> None:
     save_file(scaled(dit, "transformer_blocks"), folder / "dit_scaled.safetensors", metadata)
     write_text_variant(models / "allegro" / "eight-bit", model, lambda t5: scaled(t5, "encoder.block"))
     write_text_variant(models / "allegro" / "half", model, lambda t5: {k: v.half() for k, v in t5.items()})
+    t5 = load_file(model / "text_encoder" / "model.safetensors")
+    rows = torch.randn((32128, t5["shared.weight"].shape[1]), generator=torch.Generator().manual_seed(3)) * 0.1
+    save_file({**t5, "shared.weight": rows, "encoder.embed_tokens.weight": rows.clone()},
+              models / "text_encoders" / "published_vocabulary.safetensors")
     save_file(lora_for(dit), models / "loras" / "style.safetensors")
     # Wrong ones
     vae = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")

@@ -159,6 +159,23 @@ def check_text_encoders_of_other_precision(h: Host) -> None:
         assert 1e-5 < error < tolerance, (name, error)
 
 
+def check_single_file_encoder_with_the_published_tokenizer(h: Host) -> None:
+    """What everybody has: one file, 32,128 tokens, ComfyUI's tokenizer, 512 tokens, the end token kept when cut."""
+    clip = h.run("LoadAllegroT5", clip_name="published_vocabulary.safetensors", device="default")
+    known = {"": [1], "a cat": [3, 9, 1712, 1]}
+    for text, ids in known.items():
+        tokens = [t for t, _ in clip.tokenize(text)["t5xxl"][0]]
+        assert tokens == ids + [0] * (512 - len(ids)), tokens[:8]
+    long = [t for t, _ in clip.tokenize("word " * 700)["t5xxl"][0]]
+    assert (len(long), long[-1], long[-2] > 1) == (512, 1, True)
+    found = h.run("AllegroT5Encode", clip=clip, text="A cat", role="positive", clean_caption=True, prompt_weighting=False)[0]
+    assert found[0].shape == (1, 512, 64)
+    assert int(found[1]["attention_mask"].sum()) > 40, "the template of the released models"
+    plain = h.run("AllegroT5Encode", clip=clip, text="A (cat:1.3)", role="raw", clean_caption=True, prompt_weighting=False)[0]
+    weighted = h.run("AllegroT5Encode", clip=clip, text="A (cat:1.3)", role="raw", clean_caption=True, prompt_weighting=True)[0]
+    assert int(weighted[1]["attention_mask"].sum()) < int(plain[1]["attention_mask"].sum())
+
+
 def check_vae_equals_the_package(h: Host) -> None:
     loading = h.module("allegro_model.loading")
     vae = loading.load_vae(h.base / "models" / "allegro" / "tiny-random")
