@@ -12,7 +12,7 @@ from ..pipeline import DTYPES
 from ..sampling import SAMPLERS
 from .report import EXIT_USAGE, exit_code_table
 
-_MAIN = f"""\
+_MAIN = """\
 Text to video with Allegro.
 
 examples:
@@ -21,7 +21,8 @@ examples:
   allegro inspect clip.mp4
 
 Each command explains itself: allegro generate --help
-
+"""
+_EXIT_CODES = f"""\
 exit codes:
 {exit_code_table()}
 """
@@ -77,7 +78,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `allegro`."""
-    parser = _Parser(prog="allegro", description=_MAIN, allow_abbrev=False,
+    parser = _Parser(prog="allegro", description=_MAIN, epilog=_EXIT_CODES, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"allegro {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, text: str) -> _Parser:
-    return commands.add_parser(name, help=summary, description=text, allow_abbrev=False,
+    return commands.add_parser(name, help=summary, description=text, epilog=_EXIT_CODES, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

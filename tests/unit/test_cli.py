@@ -729,6 +729,7 @@ def test_help(allegro: Run) -> None:
         code, text, _ = allegro(command, "--help", with_model=False)
         assert code == 0
         assert f"examples:\n  allegro {command} " in text
+        assert "130  cancelled with Ctrl-C" in text
     assert allegro("--version", with_model=False)[:2] == (0, "allegro 0.1.0\n")
     code, _, err = allegro("generate", "--seed", "x", with_model=False)
     assert code == 2
