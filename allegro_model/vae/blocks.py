@@ -41,6 +41,11 @@ def norm_silu(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
+def add_to(h: Tensor, x: Tensor) -> Tensor:
+    """h + x, in the memory of `h` unless the sum has a wider type, as it has under autocast."""
+    return h.add_(x) if h.dtype == x.dtype else h + x
+
+
 class ResNet(nn.Module):
     """Two 3x3 convolutions per frame and a shortcut. Source: the ResNet of the SD image VAE."""
 
@@ -63,8 +68,7 @@ class ResNet(nn.Module):
         h = self.conv1(h)
         h = norm_silu(self.norm2, h)
         h = self.conv2(h)
-        h += self.conv_shortcut(x) if self.has_shortcut else x
-        return h
+        return add_to(h, self.conv_shortcut(x) if self.has_shortcut else x)
 
 
 class FrameAttention(nn.Module):
@@ -138,11 +142,9 @@ class TemporalBlock(nn.Module):
             h = conv(h)
             if i == 0 and self.resample == "up":
                 h = interleave_halves(h)
-        if self.resample == "up":
-            h.unflatten(2, (-1, 2)).add_(x.unsqueeze(3))  # every frame twice
-        else:
-            h += x[:, :, ::2] if self.resample == "down" else x
-        return h
+        if self.resample == "up":  # every frame twice
+            return add_to(h.unflatten(2, (-1, 2)), x.unsqueeze(3)).flatten(2, 3)
+        return add_to(h, x[:, :, ::2] if self.resample == "down" else x)
 
 
 def interleave_halves(x: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def interleave_halves(x: Tensor) -> Tensor:
 
 def temporal_residual(conv: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """x + conv(x), for the (3, 1, 1) convolutions at the ends of the networks, which pad time with zeros."""
-    return conv(x).add_(x)
+    return add_to(conv(x), x)
 
 
 class Downsample(nn.Module):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from allegro_model.errors import GeometryError
 from allegro_model.vae import Tiling, VideoVAE, denormalise, normalise
+from allegro_model.vae.blocks import TemporalBlock
 from tests.tiny import VAE, tiny_vae
 
 
@@ -92,3 +94,14 @@ def test_wrong_tiles_are_explained(change, message):
 def test_scaling_is_its_own_inverse():
     z = torch.randn(2, 4, 1, 2, 2)
     assert torch.allclose(denormalise(normalise(z, 0.13235), 0.13235), z)
+
+
+@pytest.mark.parametrize("resample", ["none", "down", "up"])
+def test_under_autocast_the_residual_stream_keeps_its_precision(resample: str) -> None:
+    """A fresh block is the identity (or repeats or skips frames) to the last bit, although its branch is bfloat16."""
+    block = TemporalBlock(8, 4, nn, resample=resample)
+    x = torch.rand(1, 8, 4, 6, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    expected = {"none": x, "down": x[:, :, ::2], "up": x.repeat_interleave(2, dim=2)}[resample]
+    assert torch.equal(y, expected)
