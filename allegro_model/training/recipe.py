@@ -28,7 +28,7 @@ TINY_TEXT: dict[str, Any] = {
     "decoder_start_token_id": 0, "is_encoder_decoder": False, "use_cache": False,
 }
 SAMPLING = SamplingConfig(
-    width=96, height=64, num_frames=24, fps=8, num_steps=30, guidance_scale=3.0, sampler="euler_ancestral",
+    width=96, height=64, num_frames=24, fps=8, num_steps=30, guidance_scale=2.5, sampler="euler_ancestral",
     prompt_template=False, negative_prompt="", text_length=96,
 )
 
@@ -61,7 +61,7 @@ class Recipe:
 
 RECIPE = Recipe(
     vae=LoopSettings(steps=2400, learning_rate=6e-4, warmup=50, decay=1200, ema_decay=0.995, seed=11),
-    decoder=LoopSettings(steps=600, learning_rate=3e-4, warmup=20, decay=500, ema_decay=0.99, seed=12),
+    decoder=LoopSettings(steps=300, learning_rate=3e-4, warmup=20, decay=250, ema_decay=0.99, seed=12),
     dit=LoopSettings(steps=10000, learning_rate=1.5e-3, warmup=100, drop=(2500, 0.5), decay=5000, ema_decay=0.999, seed=13),
 )
 
