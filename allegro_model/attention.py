@@ -6,7 +6,6 @@ kernel in its place. The model never asks which kernels are installed.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -49,6 +48,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = Non
 
 
 def best_attention(device: torch.device, dtype: torch.dtype) -> Attention:
-    """The fastest kernel installed for a device and dtype: flash-attn on CUDA in half precision, else torch's."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return flash if device.type == "cuda" and half and find_spec("flash_attn") else sdpa
+    """The fastest kernel installed for a device and dtype: flash-attn on CUDA in half precision, else torch's.
+
+    flash-attn needs a GPU of the Ampere generation or later, and a build for the installed torch.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return sdpa
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        return sdpa
+    return flash if torch.cuda.get_device_capability(device) >= (8, 0) else sdpa

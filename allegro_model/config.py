@@ -7,6 +7,7 @@ both, ignores keys that change nothing (attention modes, class names, ...) and f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -71,6 +72,9 @@ class DiTConfig:
         for name in ("num_layers", "num_attention_heads", "in_channels", "out_channels", "patch_size",
                      "caption_channels", "sample_size_t"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        for axis in "thw":
+            scale = getattr(self, f"interpolation_scale_{axis}")
+            _require(f"interpolation_scale_{axis}", scale, math.isfinite(scale) and scale > 0, "a positive number")
 
     @property
     def width(self) -> int:
@@ -95,7 +99,8 @@ class DiTConfig:
             size = (size, size)
         sample_size = (int(size[0]), int(size[1]))
         sample_size_t = int(_first(config, ("sample_size_t", "sample_frames"), base.sample_size_t))
-        _require("patch_size_t", config.get("patch_size_t", 1), config.get("patch_size_t", 1) == 1, "1")
+        patch_size_t = _first(config, ("patch_size_t",), 1)
+        _require("patch_size_t", patch_size_t, patch_size_t == 1, "1")
         scales = dict(zip("thw", _scales(config, sample_size, sample_size_t), strict=True))
         return cls(
             num_layers=int(_first(config, ("num_layers",), base.num_layers)),

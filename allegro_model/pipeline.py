@@ -10,6 +10,7 @@ the text encoder is dropped after it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -32,7 +33,7 @@ from .geometry import (
     frames_bytes,
     latent_shape,
 )
-from .loading import bundled_model, load_dit, load_sampling_defaults, load_text_encoder, load_vae
+from .loading import bundled_model, load_dit, load_sampling_defaults, load_text_encoder, load_vae, open_source
 from .memory import free_bytes, total_bytes
 from .sampling import SAMPLERS, Denoiser, NoiseSource, Prompt, StepInfo, reference_sigmas
 from .sampling.guidance import check_guidance
@@ -171,12 +172,12 @@ class AllegroPipeline:
 
     @property
     def dit_config(self) -> DiTConfig:
-        """Shape of the transformer; reads headers only."""
+        """Shape of the transformer, which is mapped for it; float8 weights are converted, too."""
         return self._load_dit().config
 
     @property
     def vae_config(self) -> VAEConfig:
-        """Shape and default tiles of the VAE; reads headers only."""
+        """Shape and default tiles of the VAE, which is loaded for it into main memory (0.7 GB when released)."""
         return self._load_vae().config
 
     @property
@@ -199,18 +200,35 @@ class AllegroPipeline:
         """The VideoVAE, float32 as the reference recommends, on the pipeline's device."""
         return self._load_vae().to(self.device)
 
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """dtype the text encoder runs in: the reference's bfloat16; float32 for a small one, or where the
+        transformer was asked for in float32."""
+        small = self._text_parameters() < SMALL_MODEL_PARAMETERS
+        return torch.float32 if small or self.dtype is torch.float32 else torch.bfloat16
+
+    def _text_parameters(self) -> int:
+        """Numbers in the text encoder; reads headers only."""
+        source = open_source(self.root, "t5-encoder", subfolder="text_encoder")
+        return sum(math.prod(shape) for shape in source.shapes.values())
+
     def load_text_encoder(self) -> TextEncoder:
         """The text encoder, on the pipeline's device if it fits there, else on the CPU."""
-        dtype = torch.float32 if self.device.type == "cpu" and self.dtype is None else torch.bfloat16
-        encoder = load_text_encoder(self.root, dtype=dtype, max_length=self.defaults.text_length)
+        encoder = load_text_encoder(self.root, dtype=self.text_dtype, max_length=self.defaults.text_length)
         needed = sum(p.numel() * p.element_size() for p in encoder.model.parameters())
-        free = free_bytes(self.device)
-        if free is None or needed < free:
+        if self.device.type != "cpu" and not self._fits(needed):
+            # Networks of an earlier run make room; they are mapped again when they are needed.
+            self._dit = self._vae = None
+        if self.device.type == "cpu" or self._fits(needed):
             encoder.model.to(self.device)
         else:
-            log.info("The text encoder (%.1f GiB) does not fit on %s; it runs on the CPU.", needed / 2**30,
-                     self.device)
+            log.warning("The text encoder (%.1f GiB) does not fit on %s; it runs on the CPU, which is slower.",
+                        needed / 2**30, self.device)
         return encoder
+
+    def _fits(self, needed: int) -> bool:
+        free = free_bytes(self.device)
+        return free is None or needed < free
 
     # Stages
 
@@ -260,10 +278,21 @@ class AllegroPipeline:
             clip = frames_bytes(settings.width, settings.height, settings.num_frames)
             check_memory(f"A clip of {settings.num_frames} frames of {settings.width}x{settings.height}",
                          clip, host, remedy)
+            # Whatever does not fit on an accelerator runs here, so that the text encoder must fit here.
+            check_memory("The text encoder", self._text_parameters() * self.text_dtype.itemsize, host,
+                         "closing other programs; a machine with more memory")
         free = free_bytes(self.device)
         if free is not None:
-            check_memory("Sampling", self.sampling_bytes(settings), free, remedy)
+            weights = 0 if self._dit_is_resident() else (
+                sum(p.numel() for p in self._load_dit().parameters()) * self.dit_dtype.itemsize)
+            check_memory("Sampling", weights + self.sampling_bytes(settings), free,
+                         f"--dtype bf16 if it is not; {remedy}")
         self.check_tile_memory(settings.num_frames, settings.height, settings.width)
+
+    def _dit_is_resident(self) -> bool:
+        """Whether the transformer already takes its place in the device's memory."""
+        weight = self._load_dit().proj_out.weight
+        return bool(weight.device.type == self.device.type != "cpu" and weight.dtype == self.dit_dtype)
 
     def check_tile_memory(self, num_frames: int, height: int, width: int) -> None:
         """Raises before anything is allocated when the VAE cannot run on a clip of this size.
@@ -277,9 +306,13 @@ class AllegroPipeline:
                          "smaller tiles; fewer tiles per batch; closing other programs")
 
     def sampling_bytes(self, settings: SampleSettings) -> int:
-        """Estimated working memory of one evaluation of the transformer, without its weights."""
+        """Estimated working memory of a step, without the weights."""
+        batch = 2 if settings.guidance_scale != 1.0 and self._batched(settings) else 1
+        return self._evaluation_bytes(settings, batch)
+
+    def _evaluation_bytes(self, settings: SampleSettings, batch: int) -> int:
         shape = latent_shape(settings.width, settings.height, settings.num_frames)
-        return estimate_sampling_bytes(self.dit_config, shape, batch=1, dtype_bytes=self.dit_dtype.itemsize)
+        return estimate_sampling_bytes(self.dit_config, shape, batch=batch, dtype_bytes=self.dit_dtype.itemsize)
 
     def _decode_bytes(self, num_frames: int, height: int, width: int) -> int:
         """Activations of one batch of tiles."""
@@ -287,7 +320,10 @@ class AllegroPipeline:
         tiling = self.tiling or Tiling.from_config(config)
         tile = (min(tiling.tile_frames, num_frames), min(tiling.tile_height, height),
                 min(tiling.tile_width, width))
-        return estimate_decode_bytes(config, tile, tiles=tiling.tiles_per_batch, dtype_bytes=4)
+        _, rows, columns = tiling.plan((-(-num_frames // config.temporal_factor), -(-height // config.spatial_factor),
+                                        -(-width // config.spatial_factor)))
+        tiles = min(tiling.tiles_per_batch, len(rows.starts) * len(columns.starts))  # a batch never crosses time
+        return estimate_decode_bytes(config, tile, tiles=tiles, dtype_bytes=4)
 
     def start(self, settings: SampleSettings, init_latents: Tensor | None = None) -> SampleState:
         """The state before the first step: pure noise, or given latents with noise on top.
@@ -337,7 +373,8 @@ class AllegroPipeline:
 
         def after_step(info: StepInfo) -> None:
             nonlocal last
-            check_finite(info.denoised, f"step {info.step} of {info.num_steps}")
+            check_finite(info.denoised, f"step {info.step} of {info.num_steps}",
+                         "the transformer in bf16 or fp32 instead of fp16; intact weights (allegro inspect)")
             last = info.denoised
             if callback is not None:
                 callback(info)
@@ -351,10 +388,7 @@ class AllegroPipeline:
     def _batched(self, settings: SampleSettings) -> bool:
         """Whether both prompts go through the network at once: when that takes at most half the memory."""
         total = total_bytes(self.device)
-        shape = latent_shape(settings.width, settings.height, settings.num_frames)
-        needed = estimate_sampling_bytes(self.dit_config, shape, batch=2,
-                                         dtype_bytes=self.dit_dtype.itemsize)
-        return total is not None and needed * 2 <= total
+        return total is not None and self._evaluation_bytes(settings, 2) * 2 <= total
 
     def raw_latents(self, state: SampleState) -> Tensor:
         """The latents of a finished run as the VAE takes them: [1, 4, t, h, w] float32, on the CPU.
@@ -383,7 +417,7 @@ class AllegroPipeline:
         if self.device.type != "cpu" and free is not None and free < self._decode_bytes(4 * t, 8 * h, 8 * w):
             self._dit = None  # it is read again, from the memory map, when the next run needs it
         for frames in self.vae.decode_stream(latents.to(self.device), tiling=self.tiling, progress=progress):
-            check_finite(frames, "decoding")
+            check_finite(frames, "decoding", "other latents (are they finite?); intact weights of the VAE (allegro inspect)")
             yield frames.clamp(-1, 1).cpu()
 
     def encode(self, frames: Tensor, *, progress: Progress | None = None) -> Tensor:
@@ -395,12 +429,13 @@ class AllegroPipeline:
         mean, _ = self.vae.encode(frames, tiling=self.tiling, progress=progress, device=self.device)
         return mean.cpu()
 
-    def __call__(self, prompt: str, *, negative_prompt: str | None = None, callback: Callback | None = None,
-                 init_frames: Tensor | None = None, **settings: Any) -> Tensor:
+    def __call__(self, prompt: str, *, negative_prompt: str | None = None, template: bool | None = None,
+                 clean: bool = True, callback: Callback | None = None, init_frames: Tensor | None = None,
+                 **settings: Any) -> Tensor:
         """All stages at once.
 
         Args:
-            prompt, negative_prompt: texts.
+            prompt, negative_prompt, template, clean: see `encode_prompt`.
             callback: called after each step.
             init_frames: [1, 3, T, H, W] in [-1, 1] to start from, with denoise below 1.
             **settings: fields of `SampleSettings`; what is absent is the model's default.
@@ -409,27 +444,34 @@ class AllegroPipeline:
         """
         chosen = self.settings(**settings)
         self.check_memory(chosen)
-        prompts = self.encode_prompt(prompt, negative_prompt, guidance_scale=chosen.guidance_scale)
+        prompts = self.encode_prompt(prompt, negative_prompt, guidance_scale=chosen.guidance_scale,
+                                     template=template, clean=clean)
         latents = None if init_frames is None else self.encode(init_frames)
         state = self.sample(prompts, self.start(chosen, latents), callback=callback)
-        return torch.cat(list(self.decode_stream(self.raw_latents(state))), dim=2)
+        frames = torch.empty((1, 3, chosen.num_frames, chosen.height, chosen.width))
+        position = 0
+        for part in self.decode_stream(self.raw_latents(state)):
+            frames[:, :, position : position + part.shape[2]] = part
+            position += part.shape[2]
+        return frames
 
 
-def check_finite(x: Tensor, where: str) -> None:
+def check_finite(x: Tensor, where: str, remedy: str = "another copy of the file; the run that made it, again") -> None:
     """Raises when `x` holds NaN or Inf.
 
     Raises:
-        NonFiniteError: names the place and what is most likely at fault.
+        NonFiniteError: names the place and what to try, most likely cure first.
     """
     if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError(f"NaN or Inf appeared in {where}. Most likely the precision: run the transformer in bf16 "
-                             "or fp32 instead of fp16; then check that the weights are intact (inspect).")
+        raise NonFiniteError(f"NaN or Inf appeared in {where}. Try, in this order: {remedy}.")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """"auto" -> the accelerator torch reports, else the CPU."""
     if device != "auto":
         return torch.device(device)
+    if not hasattr(torch, "accelerator"):  # PyTorch before 2.6
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 

@@ -19,6 +19,7 @@ from ..errors import ScheduleError
 TRAIN_STEPS = 1000
 BETA_START, BETA_END = 1e-4, 2e-2
 MAX_STEPS = 10_000
+MAX_FULL_STEPS = 1_000_000  # of the schedule whose tail a denoise below 1 runs
 
 
 @lru_cache(maxsize=1)
@@ -50,6 +51,10 @@ def check_schedule(num_steps: int, denoise: float = 1.0) -> None:
                             "models were made for 100.")
     if not 0.0 < denoise <= 1.0:  # also refuses NaN
         raise ScheduleError(f"denoise={denoise!r}: must be above 0 and at most 1; 1 starts from pure noise.")
+    if num_steps / denoise > MAX_FULL_STEPS:
+        raise ScheduleError(f"denoise={denoise!r} with {num_steps} steps is the tail of {num_steps / denoise:.3g} steps: "
+                            f"at most {MAX_FULL_STEPS} are possible. Use a denoise of at least "
+                            f"{num_steps / MAX_FULL_STEPS:g}.")
 
 
 def _full_timesteps(num_steps: int) -> np.ndarray:
@@ -96,7 +101,7 @@ def reference_sigmas(num_steps: int, denoise: float = 1.0) -> Tensor:
 
 def timestep_to_sigma(timesteps: Tensor) -> Tensor:
     """Sigma at real-valued timesteps; float32, same shape, clamped to 0 .. 999."""
-    position = timesteps.detach().double().cpu().numpy()
+    position = timesteps.detach().cpu().double().numpy()  # cpu first: not every device has float64
     sigmas = np.interp(position, np.arange(TRAIN_STEPS), sigma_table().numpy())
     return torch.as_tensor(sigmas, dtype=torch.float32, device=timesteps.device)
 
@@ -106,6 +111,6 @@ def sigma_to_timestep(sigmas: Tensor) -> Tensor:
 
     The search runs in float64 on the CPU; in float32 the inverse would be off by some 1e-4 of a step.
     """
-    values = sigmas.detach().double().cpu().numpy()
+    values = sigmas.detach().cpu().double().numpy()  # cpu first: not every device has float64
     position = np.interp(values, sigma_table().double().numpy(), np.arange(TRAIN_STEPS))
     return torch.as_tensor(position, dtype=torch.float32, device=sigmas.device)

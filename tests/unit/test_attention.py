@@ -34,7 +34,6 @@ def flash_attn(monkeypatch):
     module.flash_attn_func = lambda q, k, v: F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(attention, "find_spec", lambda name: True)
 
 
 @pytest.mark.usefixtures("flash_attn")
@@ -44,10 +43,16 @@ def test_flash_has_the_same_contract():
     assert torch.allclose(attention.flash(*qkv(), 3, mask), by_hand(*qkv(), 3, mask), atol=1e-6)
 
 
-@pytest.mark.parametrize(("device", "dtype", "installed", "expected"), [
-    ("cuda", torch.bfloat16, True, "flash"), ("cuda", torch.float32, True, "sdpa"),
-    ("cpu", torch.bfloat16, True, "sdpa"), ("cuda", torch.bfloat16, False, "sdpa"),
+@pytest.mark.parametrize(("device", "dtype", "generation", "expected"), [
+    ("cuda", torch.bfloat16, (8, 6), "flash"), ("cuda", torch.float32, (9, 0), "sdpa"),
+    ("cpu", torch.bfloat16, (9, 0), "sdpa"), ("cuda", torch.bfloat16, (7, 5), "sdpa"),
 ])
-def test_flash_is_chosen_only_where_it_can_run(monkeypatch, device, dtype, installed, expected):
-    monkeypatch.setattr(attention, "find_spec", lambda name: installed or None)
+@pytest.mark.usefixtures("flash_attn")
+def test_flash_is_chosen_only_where_it_can_run(monkeypatch, device, dtype, generation, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
     assert attention.best_attention(torch.device(device), dtype) is getattr(attention, expected)
+
+
+def test_a_broken_flash_attn_is_left_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises ImportError
+    assert attention.best_attention(torch.device("cuda"), torch.bfloat16) is attention.sdpa

@@ -59,7 +59,8 @@ def test_configs_survive_a_round_trip(preset):
     assert DiTConfig.from_dict(tiny.to_dict()) == tiny
 
 
-@pytest.mark.parametrize("config", [{"attention_head_dim": 64}, {"num_layers": -1}, {"patch_size_t": 2}])
+@pytest.mark.parametrize("config", [{"attention_head_dim": 64}, {"num_layers": -1}, {"patch_size_t": 2},
+                                    {"interpolation_scale_t": 0}, {"interpolation_scale_w": float("nan")}])
 def test_impossible_configs_are_refused(config):
     with pytest.raises(UnsupportedCheckpoint, match="expected"):
         DiTConfig.from_dict(config)

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import DIT, tiny_dit
 
 from allegro_model.dit.embed import position_table
 from allegro_model.dit.model import trim_text
 from allegro_model.dit.rope import apply_rope, rope_tables
 from allegro_model.errors import GeometryError
-from tests.tiny import DIT, tiny_dit
 
 
 def inputs(batch=1, length=12, shape=(3, 4, 6), seed=0):

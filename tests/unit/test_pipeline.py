@@ -153,6 +153,26 @@ def test_a_clip_that_cannot_fit_is_refused_before_allocation(tiny, monkeypatch):
         tiny.check_memory(tiny.settings(width=1280, height=720, num_frames=88))
 
 
+def test_the_text_encoder_counts_as_memory_and_keeps_its_precision(tiny, monkeypatch):
+    assert tiny.text_dtype is torch.float32  # small
+    monkeypatch.setattr(AllegroPipeline, "_text_parameters", lambda self: 5 * 10**9)
+    assert tiny.text_dtype is torch.bfloat16
+    assert AllegroPipeline.from_pretrained("tiny", device="cpu", dtype="fp32").text_dtype is torch.float32
+    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 8 << 30)
+    with pytest.raises(NotEnoughMemory, match=r"The text encoder needs about 9.3 GiB"):
+        tiny.check_memory(tiny.settings(**SMALL))
+
+
+def test_many_tiles_per_batch_cost_no_more_than_there_are_tiles(tiny):
+    from dataclasses import replace
+
+    from allegro_model import Tiling
+
+    many = AllegroPipeline.from_pretrained(
+        "tiny", device="cpu", tiling=replace(Tiling.from_config(tiny.vae_config), tiles_per_batch=100_000))
+    many.check_memory(many.settings(**SMALL))
+
+
 def test_nan_is_reported_with_its_step(tiny, prompts, monkeypatch):
     monkeypatch.setattr(type(tiny.dit), "denoise", lambda self, x, t, p: x * math.nan)
     with pytest.raises(NonFiniteError, match="step 1 of 4"):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import tiny_dit
 
 from allegro_model.errors import ScheduleError
 from allegro_model.sampling import (
@@ -18,7 +19,6 @@ from allegro_model.sampling import (
     timestep_to_sigma,
 )
 from allegro_model.sampling.guidance import check_guidance
-from tests.tiny import tiny_dit
 
 MEAN, SPREAD = 0.7, 0.5
 
@@ -123,6 +123,12 @@ def test_denoise_runs_the_tail_of_a_longer_schedule(denoise, total):
     (0, 1.0), (-3, 1.0), (10_001, 1.0), (20, 0.0), (20, 1.5), (20, math.nan), (2.5, 1.0), (True, 1.0)])
 def test_bad_schedules_are_refused(num_steps, denoise):
     with pytest.raises(ScheduleError, match="must be"):
+        reference_sigmas(num_steps, denoise)
+
+
+@pytest.mark.parametrize(("num_steps", "denoise"), [(100, 1e-9), (1, 5e-324)])
+def test_a_denoise_too_small_to_hold_its_schedule_is_refused(num_steps, denoise):
+    with pytest.raises(ScheduleError, match=r"tail of .* steps.*Use a denoise of at least"):
         reference_sigmas(num_steps, denoise)
 
 

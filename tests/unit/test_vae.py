@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tiny import VAE, tiny_vae
 from torch import nn
 
 from allegro_model.errors import GeometryError
 from allegro_model.vae import Tiling, VideoVAE, denormalise, normalise
 from allegro_model.vae.blocks import TemporalBlock
-from tests.tiny import VAE, tiny_vae
 
 
 def clip(frames=16, height=32, width=32, batch=1, seed=0):
