@@ -8,24 +8,14 @@ import logging
 from pathlib import Path
 
 from . import __doc__ as documentation
-from .distributed import Workers, launch
-from .dit_stage import train_dit
+from .distributed import launch
 from .evaluate import evaluate_folder
 from .export import export
-from .latents import cache_latents
-from .recipe import RECIPE, Recipe, scaled
+from .recipe import RECIPE, scaled
+from .stages import run_stage
 from .tokenizer import save_tokenizer
-from .vae_stage import train_decoder, train_vae
 
 STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "export", "evaluate")
-_TRAINERS = {"vae": train_vae, "latents": cache_latents, "dit": train_dit, "decoder": train_decoder}
-
-
-def run_stage(workers: Workers, stage: str, recipe: Recipe, work: Path) -> None:
-    """Run one training stage in one process (entry point of the worker processes)."""
-    level = logging.INFO if workers.rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s")
-    _TRAINERS[stage](workers, recipe, work)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
