@@ -1,6 +1,12 @@
 """Options of all tests."""
 
+import os
+
 import pytest
+
+# The networks here are tiny: a second thread costs more than it brings, on a busy machine a hundred times more. Set
+# before torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
