@@ -14,6 +14,8 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...allegro_model.errors import NotEnoughMemory
+
 Weights = dict[str, Tensor]
 
 # Below this size reduced precision gains nothing, and the first step amplifies its rounding 157-fold. The same
@@ -55,6 +57,23 @@ def archive_dtypes(module: nn.Module) -> None:
     archive = getattr(comfy.model_management, "archive_model_dtypes", None)
     if archive is not None:
         archive(module)
+
+
+def settle_dtypes(patcher: Any) -> None:
+    """Brings weights to the dtype their module was made for, unless they are streamed from the file.
+
+    With dynamic memory switched on, newer versions leave matrices in the dtype of the file, whatever the module
+    was made for; but only a dynamic patcher casts them later. A plain one (compilers, hooks, models on the CPU) would
+    multiply matrices of different types. Not for quantised files.
+    """
+    if is_dynamic(patcher):
+        return
+    for module in patcher.model.modules():
+        for name in ("weight", "bias"):
+            wanted, param = getattr(module, f"{name}_comfy_model_dtype", None), getattr(module, name, None)
+            if wanted is not None and type(param) is nn.Parameter and param.dtype != wanted:
+                setattr(module, name, nn.Parameter(param.to(wanted), requires_grad=False))
+    patcher.size = 0  # bytes, measured anew when they are asked for
 
 
 # Quantised weights
@@ -105,13 +124,20 @@ def make_clip(target: Any, weights: Weights, *, parameters: int, model_options: 
     if accepts(comfy.sd.CLIP.__init__, "disable_dynamic"):
         kwargs["disable_dynamic"] = disable_dynamic
     if accepts(comfy.sd.CLIP.__init__, "state_dict"):
-        return comfy.sd.CLIP(target, state_dict=[weights], **kwargs)
-    clip = comfy.sd.CLIP(target, **kwargs)
-    clip.load_sd(weights)
+        clip = comfy.sd.CLIP(target, state_dict=[weights], **kwargs)
+    else:
+        clip = comfy.sd.CLIP(target, **kwargs)
+        clip.load_sd(weights)
+    if not any("quantization" in name or "scaled" in name for name in model_options):
+        settle_dtypes(clip.patcher)
     return clip
 
 
 # Latents and errors
+
+
+class DeviceMemoryFull(NotEnoughMemory, comfy.model_management.OOM_EXCEPTION):
+    """A device ran out of memory. ComfyUI knows it as such and unloads its models, so that the next run has room."""
 
 
 def fix_empty_latent(model: Any, latent: dict[str, Any]) -> Tensor:

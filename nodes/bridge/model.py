@@ -31,6 +31,7 @@ from .compat import (
     patcher_class,
     quantisation,
     remember_loader,
+    settle_dtypes,
 )
 from .paths import snapshot_root
 from .progress import check_cancelled
@@ -239,11 +240,13 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
     check_tensors(expected, source.shapes, what=f"{path}, {source.info.title},")
     parameters = source.info.num_parameters
     model_config = AllegroModelConfig(config, vae_scale_factor(path), small=parameters < SMALL_MODEL_PARAMETERS)
-    _choose_dtypes(model_config, weights, parameters, weight_dtype)
+    quantised = _choose_dtypes(model_config, weights, parameters, weight_dtype)
     model = model_config.get_model(weights)
     patcher = patcher_class(disable_dynamic)(model, load_device=comfy.model_management.get_torch_device(),
                                              offload_device=comfy.model_management.unet_offload_device())
     model.load_model_weights(weights, "", **assign_option(model.load_model_weights, patcher))
+    if not quantised:
+        settle_dtypes(patcher)
     model.diffusion_model.requires_grad_(False).eval()
     remember_loader(patcher, load_dit, (path, weight_dtype))
     logger.info("Loaded %s: %s, weights %s%s", path, source.info.title, model.get_dtype(),
@@ -252,8 +255,8 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
 
 
 def _choose_dtypes(model_config: AllegroModelConfig, weights: dict[str, Tensor], parameters: int,
-                   weight_dtype: str) -> None:
-    """Sets what the weights are stored and computed in."""
+                   weight_dtype: str) -> bool:
+    """Sets what the weights are stored and computed in; True if the file is quantised."""
     quantised = quantisation(weights)
     for name, value in quantised.items():
         setattr(model_config, name, value)
@@ -268,6 +271,7 @@ def _choose_dtypes(model_config: AllegroModelConfig, weights: dict[str, Tensor],
     model_config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(cast_from, device, supported))
     if fast:
         model_config.optimizations["fp8"] = True
+    return bool(quantised)
 
 
 def vae_scale_factor(path: str) -> float:

@@ -68,30 +68,30 @@ def _listing(part: str) -> dict[str, str]:
     found = _bundled(part)
     key = FOLDER_KEYS[part]
     for name in folder_paths.get_filename_list(key):
-        label = _label(name)
-        if label is None or label in found:
+        label = next((label for label in _labels(name) if label not in found), None)
+        if label is None:
             continue
         path = folder_paths.get_full_path(key, name)
         if path is not None:
-            # One file of several stands for all of them; the folder is what people know it by.
-            found[label] = path if label == name else (os.path.dirname(path) if "/" in label else path)
+            found[label] = path  # one file of several stands for all of them
     for label, path in _snapshots(part).items():
         found.setdefault(label, path)
     return found
 
 
-def _label(name: str) -> str | None:
-    """The choice for a listed file; None if it is none."""
+def _labels(name: str) -> list[str]:
+    """The choices that a listed file can stand behind, the best first; empty if it is none."""
     name = name.replace(os.sep, "/")
     if not name.endswith(".safetensors"):
-        return None
+        return []
     shard = _SHARD.fullmatch(name)
     if shard is None:
-        return name
+        return [name]
     if int(shard["part"]) != 1:
-        return None
-    folder = shard["stem"].rpartition("/")[0]
-    return folder or f"{shard['stem']} ({int(shard['total'])} files)"
+        return []
+    # The folder is what people know a model of several files by.
+    folder, all_files = shard["stem"].rpartition("/")[0], f"{shard['stem']} ({int(shard['total'])} files)"
+    return [folder, all_files] if folder else [all_files]
 
 
 def _bundled(part: str) -> dict[str, str]:

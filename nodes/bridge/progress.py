@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import comfy.model_management
 import comfy.utils
 import torch
+from torch import nn
 
 logger = logging.getLogger(__name__)
 GIB = 1024**3
@@ -18,6 +19,12 @@ GIB = 1024**3
 def check_cancelled() -> None:
     """Raises ComfyUI's own exception once the user has pressed cancel."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def cancel_before(module: nn.Module, args: tuple[object, ...]) -> None:
+    """Forward pre-hook for the parts of a network that alone can take seconds."""
+    if not torch.compiler.is_compiling():
+        check_cancelled()
 
 
 def tile_progress() -> Callable[[int, int], None]:

@@ -184,10 +184,16 @@ def _announce(model: Any, config: Any, shape: LatentShape, batch: int, settings:
     halves = 1 if settings.cfg == 1.0 else 2
     logger.info(
         "Allegro: %d layers of width %d, weights %s, %d x %d frames of %dx%d (%d tokens), %d steps, cfg %g, seed %d, "
-        "attention %s, no cache, about %.1f GiB of activations on %s",
+        "attention %s, %s, about %.1f GiB of activations on %s",
         config.num_layers, config.width, _dtype_name(model), batch, shape.frames * 4, shape.width * 8, shape.height * 8,
-        token_count(shape, config.patch_size), settings.steps, settings.cfg, settings.seed, attention_name(),
+        token_count(shape, config.patch_size), settings.steps, settings.cfg, settings.seed, attention_name(), _cache_name(model),
         batch * halves * needed / GIB, device)
+
+
+def _cache_name(model: Any) -> str:
+    """What ComfyUI's EasyCache and LazyCache nodes have put on the model, if anything."""
+    cache = model.model_options.get("transformer_options", {}).get("easycache")
+    return "no cache" if cache is None else str(getattr(cache, "name", "a cache"))
 
 
 def _dtype_name(model: Any) -> str:

@@ -24,6 +24,7 @@ from ...allegro_model.loading.dimensions import t5_shapes
 from ...allegro_model.text.unicode_repair import join_surrogates
 from .compat import SMALL_MODEL_PARAMETERS, make_clip, remember_loader, text_quantisation
 from .paths import snapshot_root
+from .progress import cancel_before
 from .weights import open_file
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ def load_t5(path: str, device: str = "default", disable_dynamic: bool = False) -
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     clip = make_clip(target, weights, parameters=parameters, model_options=options, disable_dynamic=disable_dynamic)
+    for block in clip.cond_stage_model.t5xxl.transformer.encoder.block:
+        block.register_forward_pre_hook(cancel_before)
     remember_loader(clip.patcher, load_t5_patcher, (path, device))
     return clip
 

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from ...allegro_model.config import VAEConfig
-from ...allegro_model.errors import CheckpointMismatch, GeometryError, NonFiniteError, NotEnoughMemory
-from ...allegro_model.geometry import estimate_decode_bytes
+from ...allegro_model.errors import CheckpointMismatch, GeometryError, NonFiniteError
+from ...allegro_model.geometry import estimate_decode_bytes, frames_bytes
 from ...allegro_model.loading import check_tensors, vae_config_from_shapes
 from ...allegro_model.vae import Tiling, VideoVAE
+from ...allegro_model.vae.blocks import ResNet, TemporalBlock
 from .compat import (
+    DeviceMemoryFull,
     archive_dtypes,
     assign_option,
     intermediate_dtype,
     is_out_of_memory,
     patcher_class,
     remember_loader,
+    settle_dtypes,
 )
-from .progress import GIB, stage, tile_progress
+from .progress import GIB, cancel_before, stage, tile_progress
 from .sampling import check_latents
 from .weights import open_file
 
@@ -39,6 +42,12 @@ class ComfyVideoVAE(VideoVAE):
     """VideoVAE with the methods that ComfyUI's tiling calls: plain tensors in and out."""
 
     dtype: torch.dtype = torch.float32  # of the arithmetic; with dynamic memory the weights may be of another
+
+    def __init__(self, config: VAEConfig, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        for module in self.modules():  # a whole tile can take longer than anybody wants to wait
+            if isinstance(module, ResNet | TemporalBlock):
+                module.register_forward_pre_hook(cancel_before)
 
     def encode(self, frames: Tensor, **kwargs: Any) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> raw latents, the mean; options as `VideoVAE.encode`."""
@@ -125,23 +134,29 @@ class AllegroVAE(comfy.sd.VAE):
             for item in range(len(samples)):
                 position = 0
                 for frames in module.decode_stream(latents[item : item + 1], tiling=tiling, progress=progress(item)):
+                    self._check_finite(frames)
                     frames = frames[0].movedim(0, -1).mul_(0.5).add_(0.5).clamp_(0, 1)
                     images[item, position : position + len(frames)] = frames.to(images)
                     position += len(frames)
 
         self._run("decode", work, self._tile_bytes(tiling, shape, self.vae_dtype))
-        if not bool(torch.isfinite(images).all()):
+        return images
+
+    def _check_finite(self, frames: Tensor) -> None:
+        """Of frames that are not clamped yet: clamping would hide Inf."""
+        if not bool(torch.isfinite(frames).all()):
             raise NonFiniteError(f"Decoding gave NaN or Inf. The VAE computes in {str(self.vae_dtype).removeprefix('torch.')}. Try, in this "
                                  "order: dtype fp32 in Load Allegro VAE; other latents (are they NaN themselves?).")
-        return images
 
     def encode_with(self, pixels: Tensor, tiling: Tiling) -> Tensor:
         """Images -> raw latents [B, 4, t, h, w]; images are not changed. Frames are filled up to a multiple of 4
         by repeating the last one, height and width cropped at the centre to multiples of 8."""
         if pixels.ndim not in (4, 5) or pixels.shape[-1] < 3:
             raise GeometryError(f"images of shape {list(pixels.shape)}: expected [frames, height, width, 3].")
-        images = self.vae_encode_crop_pixels(pixels)[..., :3]
-        frames = (images if images.ndim == 5 else images[None]).movedim(-1, 1)  # [B, 3, T, H, W]
+        clips = pixels if pixels.ndim == 5 else pixels[None]
+        # ComfyUI crops every axis between the first and the last, so the frames go into the first.
+        images = self.vae_encode_crop_pixels(clips.flatten(0, 1))[..., :3]
+        frames = images.unflatten(0, clips.shape[:2]).movedim(-1, 1)  # [B, 3, T, H, W]
         collected: list[Tensor] = []
 
         def work() -> None:
@@ -188,10 +203,12 @@ class AllegroVAE(comfy.sd.VAE):
                        overlap_width=over_w)
 
     def _tile_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
-        """Activations of one tile of a clip of `size` (frames, height, width)."""
+        """Activations of one tile of a clip of `size` (frames, height, width), and the window that tiles are
+        blended in: float32 RGB, twice while it moves on."""
         tile = (min(tiling.tile_frames, int(size[0])), min(tiling.tile_height, int(size[1])),
                 min(tiling.tile_width, int(size[2])))
-        return estimate_decode_bytes(self.first_stage_model.config, tile, tiles=1, dtype_bytes=dtype.itemsize)
+        window = 2 * frames_bytes(int(size[2]), int(size[1]), tile[0])
+        return window + estimate_decode_bytes(self.first_stage_model.config, tile, tiles=1, dtype_bytes=dtype.itemsize)
 
     def _run(self, name: str, work: Callable[[], None], needed: int) -> None:
         """Runs with the weights where ComfyUI wants them; makes more room and tries again when memory runs out."""
@@ -206,7 +223,7 @@ class AllegroVAE(comfy.sd.VAE):
                     raise
                 if attempt == 2:
                     free = comfy.model_management.get_free_memory(self.device)
-                    raise NotEnoughMemory(
+                    raise DeviceMemoryFull(
                         f"Allegro VAE {name} ran out of memory: it needs about {needed / GIB:.1f} GiB for one tile, "
                         f"{free / GIB:.1f} GiB are free. Try, in this order: close other programs that use the device; "
                         "dtype bf16 in Load Allegro VAE; a smaller tile_size (256, then 192) in the VAE node. Latents "
@@ -237,6 +254,7 @@ def load_vae(path: str, dtype: str = "default", disable_dynamic: bool = False) -
     vae = AllegroVAE(config, DTYPES[dtype], disable_dynamic)
     module = vae.first_stage_model
     module.load_state_dict(weights, strict=False, **assign_option(nn.Module.load_state_dict, vae.patcher))
+    settle_dtypes(vae.patcher)
     module.requires_grad_(False)
     remember_loader(vae.patcher, load_vae_patcher, (path, dtype))
     logger.info("Loaded %s: %s, %s", path, source.info.title, vae.vae_dtype)

@@ -13,6 +13,7 @@ import pytest
 from comfy.client import PACK, PromptRefused, Server, error_of
 from PIL import Image
 
+from allegro_model.loading import load_sampling_defaults
 from allegro_model.media import read_frames
 from allegro_model.training.analyse import compare
 
@@ -141,9 +142,8 @@ def test_dropdowns_list_folders_once_and_the_bundled_model_first(server: Server)
     assert "Sharded/transformer" in options
     assert "tiny-random/transformer" in options
     assert not [name for name in options if "-of-" in name]
-    if ASSETS.is_dir():
-        for node_id, name in (("LoadAllegroDiT", "model_name"), ("LoadAllegroT5", "clip_name"), ("LoadAllegroVAE", "vae_name")):
-            assert dropdown(server, node_id, name)[0] == BUNDLED
+    for node_id, name in (("LoadAllegroDiT", "model_name"), ("LoadAllegroT5", "clip_name"), ("LoadAllegroVAE", "vae_name")):
+        assert dropdown(server, node_id, name)[0] == BUNDLED
 
 
 def dropdown(server: Server, node_id: str, name: str) -> list[str]:
@@ -162,14 +162,30 @@ def test_workflow_runs_twice_with_the_same_result(server: Server, path: Path) ->
     assert first.std() > 2, "the clip is one grey"
     assert np.abs(first.astype(float) - video).mean() < 10
     server.forget()
+    runs = server.log.count("Allegro VAE decode: ")
     second, _, _ = clip_of(server, graph)
+    assert server.log.count("Allegro VAE decode: ") == runs + 1, "the second run took the first one's result"
     assert np.array_equal(first, second)
 
 
-@pytest.mark.skipif(not ASSETS.is_dir(), reason="this copy has no bundled model")
 def test_bundled_model_follows_its_prompt(server: Server) -> None:
     """The graph that every newcomer runs first, as shipped."""
-    _, frames, _ = clip_of(server, api("text_to_video_tiny"))
+    assert_follows_its_prompt(server, api("text_to_video_tiny"))
+
+
+@pytest.mark.parametrize("path", API_WORKFLOWS, ids=lambda p: p.stem)
+def test_every_workflow_draws_what_the_bundled_model_is_asked_for(server: Server, path: Path) -> None:
+    """At the size, steps and guidance of that model; all else, also the negative prompt, as shipped."""
+    defaults = load_sampling_defaults(ASSETS)
+    graph = with_model(json.loads(path.read_text(encoding="utf-8")), BUNDLED, width=defaults.width, height=defaults.height,
+                       length=defaults.num_frames, steps=defaults.num_steps, cfg=defaults.guidance_scale)
+    (positive,) = [node for node in graph.values() if node["inputs"].get("role") == "positive"]
+    positive["inputs"]["text"] = TINY_PROMPT
+    assert_follows_its_prompt(server, graph)
+
+
+def assert_follows_its_prompt(server: Server, graph: dict[str, Any]) -> None:
+    _, frames, _ = clip_of(server, graph)
     assert frames.shape == (24, 64, 96, 3)
     wanted = {"kind": "shape", "background": "blue", "object": "red", "shape": "circle", "direction": "right"}
     found = compare(frames, wanted)
@@ -280,8 +296,7 @@ def test_empty_folders_leave_the_bundled_model(comfyui: Any, tmp_path: Path) -> 
     server = Server(comfyui, tmp_path)
     try:
         server.start()
-        expected = [BUNDLED] if ASSETS.is_dir() else []
-        assert dropdown(server, "LoadAllegroDiT", "model_name") == expected
+        assert dropdown(server, "LoadAllegroDiT", "model_name") == [BUNDLED]
         with pytest.raises(PromptRefused, match="is not among the models"):
             server.submit(small())
     finally:

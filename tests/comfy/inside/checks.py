@@ -3,20 +3,25 @@
 import copy
 import gc
 import json
+import re
+import shutil
 import sys
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
+import comfy.utils
 import psutil
 import torch
 from bootstrap import PACK, Host, call
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SIZE = {"width": 96, "height": 64, "length": 24}
@@ -394,8 +399,18 @@ def check_easy_cache_skips_steps(h: Host) -> None:
     dit = call(h.extra("nodes_easycache", "EasyCacheNode"), model=parts(h)[0], reuse_threshold=10.0, start_percent=0.0,
                end_percent=1.0, verbose=False)
     cached = ksampler(h, dit, steps=10)
-    assert any("skipped" in line for line in h.log), h.log
+    assert any(re.search(r"EasyCache - skipped [1-9]\d*/", line) for line in h.log), h.log
     assert torch.isfinite(cached).all()
+
+
+def check_the_line_about_a_run_names_the_cache(h: Host) -> None:
+    dit = parts(h)[0]
+    range_ = {"reuse_threshold": 0.1, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    for node, words in ((None, "no cache"), ("EasyCacheNode", "EasyCache"), ("LazyCacheNode", "LazyCache")):
+        h.log.clear()
+        sample(h, dit if node is None else call(h.extra("nodes_easycache", node), model=dit, **range_))
+        (line,) = [line for line in h.log if "Allegro: 2 layers" in line]
+        assert f", {words}, about" in line, line
 
 
 def check_torch_compile_equals_eager(h: Host) -> None:
@@ -473,6 +488,7 @@ def check_tile_settings_change_only_the_tiles(h: Host) -> None:
     small = h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, tile_size=64, overlap=32, temporal_size=8, temporal_overlap=4)
     assert small.shape == whole.shape == (16, 128, 128, 3)
     assert torch.isfinite(small).all()
+    assert relative(small, whole) > 1e-4, "the settings were not used"
     tiling = vae.tiling(24, 0, 0, 0)
     assert (tiling.tile_height, tiling.overlap_height, tiling.tile_frames) == (24, 8, 16)
 
@@ -558,10 +574,120 @@ def check_out_of_memory_is_answered(h: Host) -> None:
             if times == 1:
                 assert run().shape == (24, 64, 96, 3)
             else:
-                raises("NotEnoughMemory", "Try, in this order: close other programs", run)
+                raises("DeviceMemoryFull", "Try, in this order: close other programs", run)
         finally:
             del module.decode_stream
     assert h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES).shape == (24, 64, 96, 3)
+
+
+def check_full_memory_is_known_to_the_package_and_to_comfyui(h: Host) -> None:
+    """ComfyUI unloads all models after its own kind of error only."""
+    error = h.module("nodes.bridge.compat").DeviceMemoryFull("full")
+    assert isinstance(error, comfy.model_management.OOM_EXCEPTION)
+    assert isinstance(error, h.module("allegro_model.errors").NotEnoughMemory)
+    assert str(error) == "full"
+
+
+def check_the_estimate_of_a_tile_knows_the_blend_window(h: Host) -> None:
+    """The window is as wide as the clip, however small the tile."""
+    vae = parts(h)[2]
+    small, large = (vae._tile_bytes(vae.default_tiling, (88, *size), torch.float32) for size in ((64, 64), (720, 1280)))
+    assert large - small == 2 * 3 * 4 * 16 * (720 * 1280 - 64 * 64)
+
+
+def check_nan_and_inf_of_the_vae_are_reported(h: Host) -> None:
+    """Also Inf, which clamping would turn into white."""
+    vae, latent = parts(h)[2], {"samples": torch.zeros((1, 4, 6, 8, 12))}
+    module = vae.first_stage_model
+    for value in (float("nan"), float("inf"), float("-inf")):
+        def decode_stream(*args: Any, value: float = value, **kwargs: Any) -> Any:
+            for part in type(module).decode_stream(module, *args, **kwargs):
+                part[0, 0, 0, 0, 0] = value
+                yield part
+
+        module.decode_stream = decode_stream
+        try:
+            raises("NonFiniteError", "Decoding gave NaN or Inf", lambda: h.run(
+                "AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES))
+        finally:
+            del module.decode_stream
+
+
+def check_clips_of_a_batch_keep_their_frames(h: Host) -> None:
+    """[B, T, H, W, C]: only height and width are cropped to multiples of 8."""
+    vae = parts(h)[2]
+    clips = torch.rand((2, 12, 50, 60, 3), generator=torch.Generator().manual_seed(4))
+    both = vae.encode(clips)
+    assert both.shape == (2, 4, 3, 6, 7)
+    assert torch.equal(both[1:], vae.encode(clips[1]))
+
+
+def check_weights_of_a_plain_patcher_have_the_dtype_of_the_arithmetic(h: Host) -> None:
+    """Newer versions with dynamic memory load matrices in the dtype of the file; a plain patcher never casts them."""
+    memory = sys.modules.get("comfy.memory_management")
+    if not hasattr(memory, "aimdo_enabled"):
+        return  # this version has no dynamic memory, and load_state_dict casts
+    root, source = h.base / "models" / "allegro" / "all-half", h.base / "models" / "allegro" / "tiny-random"
+    shutil.copytree(source, root)
+    text, read = h.module("nodes.bridge.text"), comfy.utils.load_safetensors
+    try:
+        for name in ("transformer", "vae"):
+            file = root / name / "diffusion_pytorch_model.safetensors"
+            save_file({k: v.half() for k, v in load_file(file).items()}, str(file))
+        memory.aimdo_enabled = True
+        comfy.utils.load_safetensors = lambda path: (load_file(path), None)  # the mapping needs an accelerator's driver
+        dit = h.module("nodes.bridge.model").load_dit(str(root / "transformer"), disable_dynamic=True)
+        vae = h.module("nodes.bridge.vae").load_vae(str(root / "vae"), disable_dynamic=True)
+        text.SMALL_MODEL_PARAMETERS = 1  # so that this float32 encoder counts as large
+        clip = text.load_t5(str(root / "text_encoder"), device="cpu", disable_dynamic=True)
+    finally:
+        memory.aimdo_enabled, comfy.utils.load_safetensors = False, read
+        text.SMALL_MODEL_PARAMETERS = h.module("nodes.bridge.compat").SMALL_MODEL_PARAMETERS
+        shutil.rmtree(root)
+    for module, dtype in ((dit.model.diffusion_model, torch.float32), (vae.first_stage_model, torch.float32),
+                          (clip.cond_stage_model.t5xxl.transformer, torch.bfloat16)):
+        assert {p.dtype for p in module.parameters()} == {dtype}
+    context = torch.randn((1, 20, 64), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.isfinite(dit.model.diffusion_model(torch.zeros((1, 4, 2, 4, 4)), torch.tensor([500.0]), context)).all()
+    assert vae.decode(torch.zeros((1, 4, 2, 4, 4))).shape == (1, 8, 32, 32, 3)
+    assert h.run("AllegroT5Encode", clip=clip, text="a red circle", role="positive", clean_caption=True,
+                 prompt_weighting=False)[0][0].shape == (1, 96, 64)
+
+
+def check_cancel_inside_a_tile_and_a_text(h: Host) -> None:
+    """Pressed when the network already runs: its next part must not."""
+    _, clip, vae = parts(h)
+    latent = {"samples": torch.zeros((1, 4, 2, 8, 8))}
+    network, t5 = vae.first_stage_model, clip.cond_stage_model.t5xxl.transformer.encoder
+    jobs = [
+        (network.decoder.mid_block, network.decoder.up_blocks[0],
+         lambda: h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES)),
+        (network.encoder.down_blocks[0], network.encoder.down_blocks[1],
+         lambda: h.run("AllegroVideoVAEEncode", pixels=torch.zeros((8, 64, 64, 3)), vae=vae, **TILES)),
+        (t5, t5.final_layer_norm,
+         lambda: h.run("AllegroT5Encode", clip=clip, text="cancelled", role="raw", clean_caption=True, prompt_weighting=False)),
+    ]
+    for first, later, job in jobs:
+        seen: list[str] = []
+
+        def press(*args: Any, seen: list[str] = seen) -> None:
+            seen.append("pressed")
+            comfy.model_management.interrupt_current_processing(True)
+
+        hooks = [first.register_forward_pre_hook(press),
+                 later.register_forward_pre_hook(lambda *args, seen=seen: seen.append("went on"))]
+        caught: BaseException | None = None
+        try:
+            job()
+        except comfy.model_management.InterruptProcessingException as error:
+            caught = error
+        finally:
+            comfy.model_management.interrupt_current_processing(False)
+            for hook in hooks:
+                hook.remove()
+        assert caught is not None, "not cancelled"
+        assert seen == ["pressed"], seen
 
 
 def check_cancel_inside_every_loop(h: Host) -> None:
@@ -624,4 +750,29 @@ def check_paths_stay_inside(h: Host) -> None:
     paths = h.module("nodes.bridge.paths")
     for name in ("..", "../secret", "/etc/passwd", "Sharded", "Sharded/transformer/config.json", "C:\\x", "a\0b"):
         raises("CheckpointError", "is not among the models", lambda name=name: paths.resolve("transformer", name))
-    assert Path(paths.resolve("transformer", "Sharded/transformer")).is_dir()
+    assert Path(paths.resolve("transformer", "Sharded/transformer")).name == "diffusion_pytorch_model-00001-of-00002.safetensors"
+
+
+def check_choices_under_windows(h: Host) -> None:
+    """Names with its separator: shown with slashes, and each resolves to its own file."""
+    paths = h.module("nodes.bridge.paths")
+    shards = [f"big\\transformer\\model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    others = [f"big\\transformer\\other-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    names = ["a.safetensors", "sub\\b.safetensors", "sub\\c.safetensors", *shards, *others, "sub\\notes.txt"]
+    kept = paths.os, paths.folder_paths
+    paths.os = SimpleNamespace(sep="\\", path=paths.os.path)
+    paths.folder_paths = SimpleNamespace(
+        get_filename_list=lambda key: names, get_folder_paths=lambda key: [],
+        get_full_path=lambda key, name: str(PureWindowsPath("C:\\models") / name))
+    try:
+        listing = paths._listing("transformer")
+    finally:
+        paths.os, paths.folder_paths = kept
+    del listing["allegro-tiny (bundled)"]
+    assert listing == {
+        "a.safetensors": "C:\\models\\a.safetensors",
+        "sub/b.safetensors": "C:\\models\\sub\\b.safetensors",
+        "sub/c.safetensors": "C:\\models\\sub\\c.safetensors",
+        "big/transformer": f"C:\\models\\{shards[0]}",
+        "big/transformer/other (2 files)": f"C:\\models\\{others[0]}",
+    }, listing
