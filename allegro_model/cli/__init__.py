@@ -19,7 +19,7 @@ from .convert import decode, encode
 from .generate import generate
 from .inspect import inspect
 from .job import Job
-from .parser import build_parser
+from .parser import parse_arguments
 from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code, is_out_of_memory
 
 __all__ = ["main"]
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code; see `allegro --help`.
     """
-    args = build_parser().parse_args(argv)
+    args = parse_arguments(argv)
     console = Console(quiet=args.quiet)
     job = Job(args, console, Report(args.command))
     error: BaseException | None = None
@@ -62,7 +62,8 @@ def _finish(job: Job, error: BaseException | None) -> int:
         try:
             job.report.write(job.args.json, code, error, force=job.force)
         except AllegroError as failure:
-            job.console.error(f"Error: {failure}")
+            if str(failure) != str(error):  # the check before the run has said the same
+                job.console.error(f"Error: {failure}")
             return code or exit_code(failure)
     return code
 

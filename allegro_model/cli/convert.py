@@ -20,6 +20,7 @@ from .job import (
     check_clip,
     check_clip_space,
     check_latents_output,
+    check_model_of,
     check_report_output,
     choose_fps,
     load_latents,
@@ -41,6 +42,7 @@ def decode(job: Job) -> None:
     output = check_clip(job)
     check_report_output(job)
     latents, saved = load_latents(args.latents)
+    check_model_of(job, args.latents, saved)
     pipeline = open_model(job)
     t, h, w = (int(cells) for cells in latents.shape[2:])
     pipeline.check_tile_memory(TEMPORAL_FACTOR * t, 8 * h, 8 * w)

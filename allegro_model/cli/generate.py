@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
-
-from torch import Tensor
 
 from ..attention import best_attention
 from ..latents import pack_latents, pack_state
 from ..pipeline import PromptEmbeds, SampleState
 from ..sampling import StepInfo
 from .console import size
-from .job import Job, keep_latents, model_name, remember_latents, write_bytes, write_clip
+from .job import Job, keep_latents, model_name, write_bytes, write_clip
 from .plan import Plan, make_plan
 
 
@@ -24,20 +23,22 @@ def generate(job: Job) -> None:
     """
     plan = make_plan(job)
     job.report.facts["settings"] = plan.metadata
-    prompts = _encode_prompt(job, plan)
-    state = _sample(job, plan, prompts, _first_state(job, plan))
-    if not state.finished:
-        _save_unfinished(job, plan, state)
-        return
-    latents = plan.pipeline.raw_latents(state)
+    state = plan.state
+    if state is None or not state.finished:
+        prompts = _encode_prompt(job, plan)
+        state = _sample(job, plan, prompts, _first_state(job, plan))
     try:
+        if not state.finished:
+            _save_unfinished(job, plan, state)
+            return
+        latents = plan.pipeline.raw_latents(state)
         if plan.latents is not None:
             write_bytes(plan.latents, pack_latents(latents, plan.metadata), force=job.force)
             job.report.facts["latents"] = str(plan.latents)
         assert plan.output is not None
         write_clip(job, plan.pipeline, latents, plan.output, fps=plan.fps, metadata=plan.metadata)
     except BaseException:  # whatever it is, hours of sampling must not be lost
-        _rescue(job, plan, latents)
+        _rescue(job, plan, state)
         raise
     job.console.say(_summary(job))
 
@@ -66,7 +67,7 @@ def _first_state(job: Job, plan: Plan) -> SampleState:
 
 
 def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> SampleState:
-    """Runs the steps; a run that is stopped is saved where the user wanted its latents."""
+    """Runs the steps; those of a run that is stopped, or fails, are kept."""
     s, pipeline = plan.settings, plan.pipeline
     kernel = getattr(best_attention(pipeline.device, pipeline.dit_dtype), "__name__", "unnamed")
     job.console.say(
@@ -86,8 +87,9 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
 
             return pipeline.sample(prompts, state, stop=plan.stop, callback=after_step)
     except BaseException:
-        if last is not None and plan.latents is not None:
-            _save_unfinished(job, plan, SampleState(last.latents.cpu(), last.step, s, last.denoised.cpu()))
+        # The callback never sees a step with NaN or Inf, so that what is kept here can be resumed.
+        if last is not None:
+            _rescue(job, plan, SampleState(last.latents.cpu(), last.step, s, last.denoised.cpu()))
         raise
 
 
@@ -97,20 +99,49 @@ def _save_unfinished(job: Job, plan: Plan, state: SampleState) -> None:
     write_bytes(plan.latents, pack_state(state, plan.metadata), force=job.force)
     job.report.facts["latents"] = str(plan.latents)
     job.report.facts["step"] = state.step
-    model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
-    output = shlex.quote(str(plan.output or "clip.mp4"))
-    job.console.say(f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro "
-                    f"generate --resume {shlex.quote(str(plan.latents))} -o {output}{model}")
+    job.console.say(_how_to_resume(job, plan, state, plan.latents))
     job.say_result(str(plan.latents))
 
 
-def _rescue(job: Job, plan: Plan, latents: Tensor) -> None:
-    """Keeps finished latents, unless they already lie where the user wanted them."""
-    assert plan.output is not None
+def _rescue(job: Job, plan: Plan, state: SampleState) -> None:
+    """Keeps what was sampled, finished or not, unless it lies already where the user wanted it."""
     if "latents" in job.report.facts:
-        remember_latents(job, Path(job.report.facts["latents"]), plan.output)
+        path: Path | None = Path(job.report.facts["latents"])
+        finished = state.finished
     else:
-        keep_latents(job, latents, plan.output, plan.metadata)
+        data, finished = _pack(plan, state)
+        beside = plan.output or plan.latents
+        assert beside is not None
+        path = keep_latents(job, data, wanted=plan.latents, beside=beside)
+    if path is None:
+        return
+    job.report.facts["latents"] = str(path)
+    if finished:
+        job.remarks.append(f"The finished latents are in {path}. Decode them with: allegro decode "
+                           f"{shlex.quote(str(path))}{_output_and_model(job, plan)}")
+    else:
+        job.report.facts["step"] = state.step
+        job.remarks.append(_how_to_resume(job, plan, state, path))
+
+
+def _pack(plan: Plan, state: SampleState) -> tuple[bytes, bool]:
+    """(a file of the state, whether it is one of finished latents)."""
+    if state.finished:
+        # Whatever is wrong with the VAE, whose scale this needs: the state itself can always be kept.
+        with suppress(Exception):
+            return pack_latents(plan.pipeline.raw_latents(state), plan.metadata), True
+    return pack_state(state, plan.metadata), False
+
+
+def _how_to_resume(job: Job, plan: Plan, state: SampleState, path: Path) -> str:
+    return (f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro generate --resume "
+            f"{shlex.quote(str(path))}{_output_and_model(job, plan)}")
+
+
+def _output_and_model(job: Job, plan: Plan) -> str:
+    """The end of a command line that goes on with this run."""
+    model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
+    return f" -o {shlex.quote(str(plan.output or 'clip.mp4'))}{model}"
 
 
 def _summary(job: Job) -> str:

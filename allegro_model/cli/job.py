@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import signal
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import AllegroError, CheckpointError, GeometryError, OutputError
-from ..latents import pack_latents, read_latents
+from ..latents import read_latents
 from ..media import (
     atomic_file,
     check_clip_output,
@@ -34,6 +36,8 @@ from .report import Report, UsageError
 
 LATENTS_SUFFIX = ".safetensors"
 BUNDLED = "tiny"
+# For each pixel: an unfinished run holds two tensors of 4 channels, float32, for every 4 x 8 x 8 pixels.
+_LATENT_BYTES = 2 * 4 * 4 / 256
 
 
 @dataclass
@@ -123,9 +127,18 @@ def check_clip_space(path: Path, width: int, height: int, num_frames: int) -> No
     Raises:
         OutputError: names what is needed and what is left.
     """
-    # A generous guess at compressed bytes per pixel, plus float32 latents: 4 x 4 bytes for 256 pixels.
+    # A generous guess at compressed bytes per pixel.
     per_pixel = 1.5 if path.suffix.lower() == ".png" else 0.3
-    check_free_space(path, int(width * height * num_frames * (per_pixel + 16 / 256)))
+    check_free_space(path, int(width * height * num_frames * (per_pixel + _LATENT_BYTES)))
+
+
+def check_latents_space(path: Path, width: int, height: int, num_frames: int) -> None:
+    """Raises when the disk has no room for a run of this size.
+
+    Raises:
+        OutputError: names what is needed and what is left.
+    """
+    check_free_space(path, int(width * height * num_frames * _LATENT_BYTES))
 
 
 def check_device(name: str) -> None:
@@ -175,6 +188,21 @@ def model_name(job: Job) -> str:
     return BUNDLED if job.args.model in (None, BUNDLED) else Path(job.args.model).resolve().name
 
 
+def check_model_of(job: Job, path: str, saved: Mapping[str, Any]) -> None:
+    """Raises when a file was made with another model, whose latents mean something else.
+
+    Args:
+        path: of the file.
+        saved: its metadata; a file that names no model (ComfyUI's) is taken as it is.
+    Raises:
+        UsageError: names both models.
+    """
+    name = saved.get("model")
+    if name is not None and model_name(job) != name:
+        hint = "leave out --model" if name == BUNDLED else f"give the folder of {name} with --model"
+        raise UsageError(f"{path} was made with the model {name}, not {model_name(job)}: {hint}.")
+
+
 def _tiling(args: argparse.Namespace, pipeline: AllegroPipeline) -> Tiling | None:
     """--tile, --overlap and --tiles-per-batch; None when none is given, which means the model's own."""
     if args.tile is None and args.overlap is None and args.tiles_per_batch == 1:
@@ -182,6 +210,10 @@ def _tiling(args: argparse.Namespace, pipeline: AllegroPipeline) -> Tiling | Non
     own = Tiling.from_config(pipeline.vae_config)
     tile = args.tile or (own.tile_frames, own.tile_height, own.tile_width)
     overlap = args.overlap or (own.overlap_frames, own.overlap_height, own.overlap_width)
+    if args.tile is not None and args.overlap is None:
+        # The model's overlap may be nearly all of a smaller tile, which would need thousands of them.
+        overlap = tuple(min(most, size // 2 // multiple * multiple)
+                        for most, size, multiple in zip(overlap, tile, (4, 8, 8), strict=True))
     return Tiling(tile[0], tile[1], tile[2], overlap[0], overlap[1], overlap[2], args.tiles_per_batch)
 
 
@@ -237,30 +269,54 @@ def write_clip(job: Job, pipeline: AllegroPipeline, latents: Tensor, path: Path,
     job.say_result(f"{writer.files[0]}{last}")
 
 
-def keep_latents(job: Job, latents: Tensor, output: Path, metadata: Mapping[str, Any]) -> None:
-    """Saves finished latents that could not be decoded: beside the output, or elsewhere if its disk refuses.
+def keep_latents(job: Job, data: bytes, *, wanted: Path | None, beside: Path) -> Path | None:
+    """Saves latents, or an unfinished run, when something went wrong: a second Ctrl-C does not stop it.
 
-    Never raises an OutputError: the error that led here is the one to show.
+    Never raises because of a disk: the error that led here is the one to show.
+
+    Args:
+        data: the file.
+        wanted: where the user asked for it.
+        beside: what the file is put beside if it cannot be there, as NAME.latents.safetensors; if this disk
+            refuses too, it goes to the folder of temporary files.
+    Returns:
+        where it is; None if nobody took it, which a remark then says.
     """
-    data = pack_latents(latents, dict(metadata))
-    name = f"{output.stem}.latents{LATENTS_SUFFIX}"
-    for folder in (output.parent, Path(tempfile.gettempdir())):
-        path = _free_name(folder / name)
-        try:
-            write_bytes(path, data, force=False)
-        except OutputError as error:
-            job.remarks.append(f"The latents could not be kept: {error}")
-        else:
-            remember_latents(job, path, output)
-            return
+    name = f"{beside.stem}.latents{LATENTS_SUFFIX}"
+    # In this order, each only looked at when those before it have failed.
+    places: list[tuple[Callable[[], Path], bool]] = [
+        (lambda: _free_name(beside.parent / name), False),
+        (lambda: _free_name(Path(tempfile.gettempdir()) / name), False)]
+    if wanted is not None:
+        places.insert(0, (lambda: wanted, job.force))
+    failures = []
+    with _uninterrupted():
+        for find, force in places:
+            try:
+                path = find()
+                write_bytes(path, data, force=force)
+            except (OutputError, OSError) as error:
+                failures.append(f"The latents could not be kept: {error}")
+            else:
+                return path
+    job.remarks.extend(failures)
+    return None
 
 
-def remember_latents(job: Job, path: Path, output: Path) -> None:
-    """Tells the user how to go on with saved latents."""
-    model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
-    job.report.facts["latents"] = str(path)
-    job.remarks.append(f"The finished latents are in {path}. Decode them with: allegro decode "
-                       f"{shlex.quote(str(path))} -o {shlex.quote(str(output))}{model}")
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignores Ctrl-C and requests to end for the moment."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: a handler that Python did not install and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _free_name(path: Path) -> Path:

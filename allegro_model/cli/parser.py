@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
@@ -39,9 +41,9 @@ A long run in two halves, equal to one run:
   allegro generate "a lighthouse" --steps 100 --stop-at-step 50 --save-latents half.safetensors
   allegro generate --resume half.safetensors -o lighthouse.mp4
 
-Ctrl-C stops within seconds. Finished latents are kept: when decoding fails or is stopped they are saved
-beside the output as NAME.latents.safetensors, and `allegro decode` goes on from there. With --save-latents, a
-run stopped while sampling is saved too, for --resume.
+Ctrl-C stops within seconds, and nothing is lost. When sampling fails or is stopped, the steps that are done
+are saved in --save-latents, or else beside the output as NAME.latents.safetensors, for --resume. When
+decoding fails or is stopped, the finished latents are saved likewise, and `allegro decode` goes on from there.
 """
 _DECODE = """\
 Turn latents into a video. Frame rate and settings come from the file if they are in it.
@@ -89,6 +91,32 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH", help="a file or a model folder")
     _add_report(inspect)
     return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads a command line; exits with a message when it cannot be understood.
+
+    Args:
+        argv: arguments without the program's name; default those of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    for index, (word, following) in enumerate(zip(words, [*words[1:], ""], strict=True)):
+        if word == "--":
+            break
+        # The file is optional: argparse alone would take any word that follows, such as the prompt.
+        if word == "--json" and not _is_report(following):
+            words[index] = "--json=-"
+    return build_parser().parse_args(words)
+
+
+def _is_report(word: str) -> bool:
+    return word == "-" or word.lower().endswith(".json")
+
+
+def _report_file(text: str) -> str:
+    if not _is_report(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends in .json, or - for standard output")
+    return text
 
 
 def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, text: str) -> _Parser:
@@ -181,7 +209,7 @@ def _add_tiles(parser: _Parser) -> None:
     group.add_argument("--tile", type=_triple, metavar="FxHxW",
                        help="frames x height x width (released models: 24x320x320)")
     group.add_argument("--overlap", type=_triple, metavar="FxHxW",
-                       help="shared with the next tile (released models: 8x120x80)")
+                       help="shared with the next tile (released models: 8x120x80; with --tile at most half of it)")
     group.add_argument("--tiles-per-batch", type=int, metavar="N", default=1,
                        help="tiles at once; more is faster and needs more memory (default 1)")
 
@@ -196,9 +224,9 @@ def _triple(text: str) -> tuple[int, int, int]:
 
 def _add_report(parser: _Parser) -> None:
     group = parser.add_argument_group("what to say")
-    group.add_argument("--json", nargs="?", const="-", metavar="FILE",
-                       help="a report of times, peak memory, versions and settings; without FILE on standard "
-                            "output")
+    group.add_argument("--json", nargs="?", const="-", type=_report_file, metavar="FILE.json",
+                       help="a report of times, peak memory, versions and settings; without a name that ends in "
+                            ".json on standard output")
     volume = group.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="nothing but errors")
     volume.add_argument("--verbose", action="store_true",

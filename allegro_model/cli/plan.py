@@ -19,13 +19,14 @@ from ..memory import free_bytes
 from ..pipeline import AllegroPipeline, SampleSettings, SampleState, check_finite
 from ..text import format_negative, format_prompt
 from .job import (
-    BUNDLED,
     LATENTS_SUFFIX,
     Job,
     base_metadata,
     check_clip,
     check_clip_space,
     check_latents_output,
+    check_latents_space,
+    check_model_of,
     check_report_output,
     choose_fps,
     load_latents,
@@ -94,19 +95,22 @@ def make_plan(job: Job) -> Plan:
     check_report_output(job)
     state, saved = read_state(args.resume) if args.resume else (None, {})
     if state is not None:
-        _check_model_of(job, saved)
+        check_model_of(job, args.resume, saved)
     pipeline = open_model(job)
     text = _text(job, pipeline, saved)
     if state is not None:
         settings, start = _settings_of(args.resume, state), None
     else:
-        settings, start = _settings_and_start(job, pipeline)
+        settings, start, saved = _settings_and_start(job, pipeline)
     _check_stop(args.stop_at_step, settings, state)
     pipeline.check_memory(settings)
     open_source(pipeline.root, "t5-encoder", subfolder="text_encoder")
+    _ = pipeline.vae_config  # it is needed last: what is wrong with it must not wait until the steps are done
     fps = choose_fps(args.fps, saved, pipeline)
     if output is not None:
         check_clip_space(output, settings.width, settings.height, settings.num_frames)
+    if latents is not None:
+        check_latents_space(latents, settings.width, settings.height, settings.num_frames)
     metadata = {**asdict(text), "model": model_name(job), "fps": fps, "settings": settings.to_dict(),
                 **base_metadata()}
     return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, metadata)
@@ -128,14 +132,6 @@ def _check_options(job: Job) -> None:
                          "--resume.")
     if args.denoise is not None and args.init_video is None:
         raise UsageError("--denoise needs something to start from: add --init-video FILE.")
-
-
-def _check_model_of(job: Job, saved: Mapping[str, Any]) -> None:
-    """A run must go on with the model it began with."""
-    name = saved.get("model", BUNDLED)
-    if model_name(job) != name:
-        hint = "leave out --model" if name == BUNDLED else f"give the folder of {name} with --model"
-        raise UsageError(f"{job.args.resume} was made with the model {name}, not {model_name(job)}: {hint}.")
 
 
 def _text(job: Job, pipeline: AllegroPipeline, saved: Mapping[str, Any]) -> Text:
@@ -164,9 +160,9 @@ def _settings_of(path: str, state: SampleState) -> SampleSettings:
     s.check()
     expected = [1, LATENT_CHANNELS, *latent_shape(s.width, s.height, s.num_frames)]
     if any(list(x.shape) != expected for x in (state.latents, state.denoised) if x is not None) \
-            or state.finished or state.step < 0:
+            or not 0 <= state.step <= s.num_steps:
         raise GeometryError(f"{path} holds latents of shape {list(state.latents.shape)} after step "
-                            f"{state.step}: expected {expected} and a step below {s.num_steps}. The file is "
+                            f"{state.step}: expected {expected} and a step from 0 to {s.num_steps}. The file is "
                             "damaged; start the run again.")
     check_finite(state.latents, path)
     return s
@@ -174,29 +170,34 @@ def _settings_of(path: str, state: SampleState) -> SampleSettings:
 
 def _check_stop(stop: int | None, settings: SampleSettings, state: SampleState | None) -> None:
     done = 0 if state is None else state.step
+    if stop is not None and done >= settings.num_steps:
+        raise UsageError(f"--stop-at-step {stop}: all {settings.num_steps} steps of this run are done. Leave the "
+                         "option out, and give --output.")
     if stop is not None and not done < stop < settings.num_steps:
         raise UsageError(f"--stop-at-step {stop}: must be from {done + 1} to {settings.num_steps - 1}; this "
                          f"run has {settings.num_steps} steps" + (f", {done} of them done." if done else "."))
 
 
-def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSettings, Tensor | None]:
-    """The settings of a new run, and what it starts from: frames, latents or nothing."""
+def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSettings, Tensor | None,
+                                                                      dict[str, Any]]:
+    """The settings of a new run, what it starts from (frames, latents or nothing), and the metadata of that."""
     args = job.args
     values = {"width": args.width, "height": args.height, "num_frames": args.frames, "num_steps": args.steps,
               "guidance_scale": args.cfg, "sampler": args.sampler,
               "seed": DEFAULT_SEED if args.seed is None else args.seed}
     if args.init_video is None:
-        return pipeline.settings(**values), None
+        return pipeline.settings(**values), None, {}
     values["denoise"] = DEFAULT_DENOISE if args.denoise is None else args.denoise
     if Path(args.init_video).suffix.lower() == LATENTS_SUFFIX:
-        latents, _ = load_latents(args.init_video)
+        latents, saved = load_latents(args.init_video)
+        check_model_of(job, args.init_video, saved)
         t, h, w = (int(n) for n in latents.shape[2:])
         own = {"width": 8 * w, "height": 8 * h, "num_frames": TEMPORAL_FACTOR * t}
         for name, value in own.items():
             if values[name] not in (None, value):
                 raise GeometryError(f"{name}={values[name]}: {args.init_video} is for {value}. Leave the "
                                     "option out.")
-        return pipeline.settings(**{**values, **own}), latents
+        return pipeline.settings(**{**values, **own}), latents, saved
     settings = pipeline.settings(**values)
     fps = choose_fps(args.fps, {}, pipeline)
     probe_clip(args.init_video)
@@ -211,7 +212,7 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSett
                             f"frames at {fps:g} per second. Use --frames {max(usable, TEMPORAL_FACTOR)}, or "
                             "a longer video.")
     values["num_frames"] = usable
-    return pipeline.settings(**values), frames[:, :usable]
+    return pipeline.settings(**values), frames[:, :usable], {}
 
 
 def _check_clip_memory(settings: SampleSettings) -> None:

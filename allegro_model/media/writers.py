@@ -94,7 +94,7 @@ def to_uint8(frame: Tensor) -> np.ndarray:
     """
     frame = frame.detach().float()
     if not bool(torch.isfinite(frame).all()):
-        raise NonFiniteError("the decoder produced NaN or Inf. Decode again in float32 (--dtype float32).")
+        raise NonFiniteError("the decoder produced NaN or Inf. Check that the weights are intact: allegro inspect MODEL.")
     levels = (frame + 1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
     return levels.permute(1, 2, 0).contiguous().cpu().numpy()
 

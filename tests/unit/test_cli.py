@@ -24,7 +24,8 @@ from snapshot import write_snapshot
 from allegro_model import cli, memory
 from allegro_model.cli import console
 from allegro_model.cli.console import Console, duration, size
-from allegro_model.cli.report import EXIT_CODES
+from allegro_model.cli.report import EXIT_CODES, exit_code
+from allegro_model.errors import NonFiniteError, OutputError
 from allegro_model.media import open_writer, read_frames, read_metadata
 from allegro_model.pipeline import AllegroPipeline
 
@@ -184,14 +185,16 @@ def test_encode(allegro: Run) -> None:
 
 
 def test_from_a_video_or_its_latents(allegro: Run) -> None:
-    clip("in.mp4")
+    clip("in.mp4", fps=6)
     few = ("--steps", 4, "--denoise", 0.3)
-    assert allegro("generate", PROMPT, "--init-video", "in.mp4", "-o", "a.gif", "--save-latents", "a.safetensors", *few)[0] == 0
+    assert allegro("generate", PROMPT, "--init-video", "in.mp4", "-o", "a.gif", "--save-latents", "a.safetensors", "--fps", 6,
+                   *few)[0] == 0
     assert read_metadata("a.gif")["settings"]["denoise"] == 0.3
     assert allegro("encode", "in.mp4", "-o", "in.safetensors")[0] == 0
     assert allegro("generate", PROMPT, "--init-video", "in.safetensors", "-o", "b.gif", "--save-latents", "b.safetensors",
                    *few)[0] == 0
     assert torch.allclose(latents_of("a.safetensors"), latents_of("b.safetensors"), atol=1e-4)
+    assert read_metadata("b.gif")["fps"] == 6
     assert allegro("generate", PROMPT, "--init-video", "in.mp4", "-o", "c.gif")[0] == 0
     assert read_metadata("c.gif")["settings"]["denoise"] == 0.6
 
@@ -263,8 +266,19 @@ def test_report_in_a_file(allegro: Run) -> None:
     assert json.loads(Path("report.json").read_text())["status"] == "ok"
     code, _, err = allegro("generate", PROMPT, "-o", "b.mp4", "--json", "report.json")
     assert code == 5
-    assert "report.json already exists" in err
+    assert err.count("report.json already exists") == 1
     assert files() == ["a.mp4", "report.json"]
+
+
+def test_json_takes_no_word_that_is_not_a_report(allegro: Run) -> None:
+    clip("in.mp4")
+    code, out, _ = allegro("inspect", "--json", "in.mp4")
+    assert (code, json.loads(out)["file"]["family"]) == (0, "clip")
+    assert allegro("generate", "--json", PROMPT, "-o", "a.mp4")[0] == 0
+    code, _, err = allegro("inspect", "in.mp4", "--json=report.txt")
+    assert code == 2
+    assert "'report.txt': expected a name that ends in .json" in err
+    assert files() == ["a.mp4", "in.mp4"]
 
 
 def test_report_of_a_failure(allegro: Run) -> None:
@@ -445,6 +459,13 @@ def test_a_run_goes_on_with_its_own_model(allegro: Run, model: str) -> None:
     code, _, err = allegro("generate", "--resume", "half.safetensors", "-o", "a.mp4", "--model", "Other", with_model=False)
     assert code == 2
     assert "was made with the model Small, not Other: give the folder of Small with --model" in err
+    assert allegro("generate", PROMPT, "-o", "b.mp4", "--save-latents", "l.safetensors")[0] == 0
+    for words in (["decode", "l.safetensors"], ["generate", PROMPT, "--init-video", "l.safetensors"]):
+        code, _, err = allegro(*words, "-o", "a.mp4", "--model", "Other", with_model=False)
+        assert code == 2
+        assert "l.safetensors was made with the model Small, not Other" in err
+    save_file({"latent_tensor": latents_of("l.safetensors")}, "foreign.safetensors")  # says nothing about its model
+    assert allegro("decode", "foreign.safetensors", "-o", "a.mp4", "--model", "Other", with_model=False)[0] == 0
 
 
 @pytest.mark.parametrize("damage", ["size", "settings", "extra", "cfg", "step", "no step", "shape", "denoised", "nan", "prompt"])
@@ -539,6 +560,106 @@ def test_latents_are_kept_when_decoding_fails(allegro: Run, monkeypatch: pytest.
     assert sorted([*before, "mine.safetensors"]) == files()
     monkeypatch.undo()
     monkeypatch.chdir(Path("good.safetensors").absolute().parent)
+
+
+@pytest.mark.parametrize("error", [NonFiniteError("NaN"), torch.OutOfMemoryError("no"), KeyboardInterrupt()], ids=repr)
+def test_steps_are_kept_when_sampling_fails(allegro: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    from allegro_model import pipeline
+    assert allegro("generate", PROMPT, "-o", "good.mp4", "--save-latents", "good.safetensors")[0] == 0
+
+    def fail(_: torch.Tensor, where: str, *__: str) -> None:
+        if where == "step 3 of 4":
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "check_finite", fail)
+        code, _, err = allegro("generate", PROMPT, "-o", "clip.mp4")
+    assert code == exit_code(error)
+    assert "2 of 4 steps are saved. Go on with: allegro generate --resume clip.latents.safetensors -o clip.mp4 --model" in err
+    assert allegro("generate", "--resume", "clip.latents.safetensors", "-o", "clip.mp4", "--save-latents", "l.safetensors")[0] == 0
+    assert torch.equal(latents_of("l.safetensors"), latents_of("good.safetensors"))
+
+
+def test_a_run_whose_steps_are_all_done_goes_on(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert allegro("generate", PROMPT, "-o", "good.mp4", "--save-latents", "good.safetensors")[0] == 0
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no VAE")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AllegroPipeline, "raw_latents", fail)
+        code, _, err = allegro("generate", PROMPT, "-o", "clip.mp4")
+    assert code == 1
+    assert "4 of 4 steps are saved. Go on with: allegro generate --resume clip.latents.safetensors" in err
+    code, _, err = allegro("generate", "--resume", "clip.latents.safetensors", "--stop-at-step", 2, "--save-latents", "l.safetensors")
+    assert code == 2
+    assert "all 4 steps of this run are done" in err
+    assert allegro("generate", "--resume", "clip.latents.safetensors", "-o", "clip.mp4", "--save-latents", "l.safetensors")[0] == 0
+    assert torch.equal(latents_of("l.safetensors"), latents_of("good.safetensors"))
+
+
+def test_an_interruption_after_the_last_step_keeps_finished_latents(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt_at_the_end(self: console.Progress, done: int, total: int) -> None:
+        if self.title == "Sampling" and done == total:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(console.Progress, "update", interrupt_at_the_end)
+    code, _, err = allegro("generate", PROMPT, "-o", "clip.mp4")
+    assert code == 130
+    assert "The finished latents are in clip.latents.safetensors. Decode them with" in err
+    assert allegro("decode", "clip.latents.safetensors", "-o", "clip.mp4")[0] == 0
+
+
+def test_an_unfinished_run_finds_another_place(allegro: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from allegro_model.cli import job
+    real = job.write_bytes
+    refused: list[Path] = []
+
+    def refuse(path: Path, data: bytes, *, force: bool) -> None:
+        if path.parent == Path() and not path.is_absolute():
+            refused.append(path)
+            if len(refused) > 1:
+                signal.raise_signal(signal.SIGINT)  # Ctrl-C, while rescuing
+            raise OutputError(f"Cannot write {path}: the disk is full.")
+        real(path, data, force=force)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    for module in (sys.modules["allegro_model.cli.generate"], job):
+        monkeypatch.setattr(module, "write_bytes", refuse)
+    code, _, err = allegro("generate", PROMPT, "--stop-at-step", 2, "--save-latents", "half.safetensors")
+    assert code == 5
+    assert [str(path) for path in refused] == ["half.safetensors", "half.safetensors", "half.latents.safetensors"]
+    kept = tmp_path / "elsewhere" / "half.latents.safetensors"
+    assert f"2 of 4 steps are saved. Go on with: allegro generate --resume {kept} -o clip.mp4" in err
+    assert allegro("generate", "--resume", kept, "-o", "clip.mp4")[0] == 0
+    # Nobody takes it: the first error is the one to show.
+    refused.clear()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "none"))
+    code, _, err = allegro("generate", PROMPT, "--stop-at-step", 2, "--save-latents", "more.safetensors")
+    assert code == 5
+    assert err.count("The latents could not be kept: ") == 3
+
+
+def test_space_for_an_unfinished_run_is_checked(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+    code, _, err = allegro("generate", PROMPT, "--stop-at-step", 2, "--save-latents", "half.safetensors")
+    assert code == 5
+    assert "Cannot write half.safetensors: about 0.0 MiB are needed" in err
+    assert files() == []
+
+
+def test_smaller_tiles_overlap_by_half_at_most(model: str) -> None:
+    from argparse import Namespace
+
+    from allegro_model.cli.job import _tiling
+    pipeline = AllegroPipeline.from_pretrained(model)
+    own = _tiling(Namespace(tile=None, overlap=None, tiles_per_batch=2), pipeline)
+    small = _tiling(Namespace(tile=(12, 24, 8), overlap=None, tiles_per_batch=1), pipeline)
+    assert own is not None
+    assert small is not None
+    assert (small.overlap_frames, small.overlap_height, small.overlap_width) == (
+        min(own.overlap_frames, 4), min(own.overlap_height, 8), 0)
 
 
 def test_latents_survive_a_full_disk(allegro: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
@@ -672,7 +793,7 @@ MAKE = ["generate", PROMPT, "-o", "clip.mp4"]
 KEPT = ["clip.latents.safetensors"]
 STAGES: dict[str, tuple[list[str], str, list[str]]] = {
     "text": (MAKE, "Reading the prompt ...", []),
-    "sampling": ([*MAKE, "--steps", "9999"], "Sampling: step 3 of", []),
+    "sampling": ([*MAKE, "--steps", "9999"], "Sampling: step 3 of", KEPT),
     "sampling, to be saved": ([*MAKE, "--steps", "9999", "--save-latents", "l.safetensors"], "Sampling: step 3 of",
                               ["l.safetensors"]),
     "decoding": ([*MAKE, "--steps", "1", *LARGE], "Decoding: tile 2 of", KEPT),
