@@ -32,7 +32,7 @@ NODES_ONLY = {"subprocess", "socket", "urllib.request", "requests", "http.client
 # The command line speaks to a person; the training command reports its progress the same way.
 MAY_PRINT = ("allegro_model/cli/", "allegro_model/training/")
 # Processes of our own, where nobody else's logging or random state can be disturbed.
-OWN_PROCESS = {"logging.basicConfig": "allegro_model/training/__main__.py", "torch.manual_seed": "allegro_model/training/"}
+OWN_PROCESS = {"logging.basicConfig": "allegro_model/training/", "torch.manual_seed": "allegro_model/training/"}
 
 
 def dotted(node: ast.expr) -> str:
