@@ -66,7 +66,10 @@ def apply_rope(x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         [B, N, heads * dh], dtype of `x`; the rotation itself is float32.
     """
-    a, b = x.unflatten(-1, (heads, 3, 2, -1)).float().unbind(-2)  # [B, N, heads, 3, dh/6] each
-    cos, sin = cos[:, None], sin[:, None]  # [N, 1, 3, dh/6]
-    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-2)
-    return rotated.flatten(-4).type_as(x)
+    pairs = x.unflatten(-1, (heads, 3, 2, -1))
+    a, b = pairs.unbind(-2)  # [B, N, heads, 3, dh/6] each
+    cos, sin = cos[:, None], sin[:, None]  # [N, 1, 3, dh/6] float32: the products are float32, too
+    rotated = torch.empty_like(pairs)
+    rotated[..., 0, :] = a * cos - b * sin
+    rotated[..., 1, :] = b * cos + a * sin
+    return rotated.flatten(-4)
