@@ -64,7 +64,7 @@ class Side:
     def __init__(self, name: str, python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
             [python, str(HERE / "sides.py"), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))})
+            cwd=ROOT, env={**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))})
 
     def ask(self, **message: Any) -> dict[str, Any]:
         assert self.process.stdin is not None

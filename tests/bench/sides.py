@@ -4,8 +4,10 @@ Each line in is a JSON object: {"setup": task, "options": {...}}, {"run": true} 
 line out is a JSON object with the seconds, the peak of the resident memory above its value before, and a part of the result.
 """
 
+import asyncio
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -192,19 +194,25 @@ def import_comfyui() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    for name in ("nodes", "comfy_api.latest", "comfy.sd", "latent_preview", "server"):
+    for name in ("utils.install_util", "server", "nodes", "comfy_api.latest", "comfy.sd", "latent_preview"):
         importlib.import_module(name)
 
 
 def import_extension() -> None:
-    """As ComfyUI does it: by path, under a name made from the path."""
+    """As ComfyUI does it: by path, then ask for the nodes."""
     folder = Path(__file__).parents[2]
     spec = importlib.util.spec_from_file_location("extension", folder / "__init__.py", submodule_search_locations=[str(folder)])
     assert spec is not None
     assert spec.loader is not None
     sys.modules["extension"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["extension"])
-    assert hasattr(sys.modules["extension"], "comfy_entrypoint")
+
+    async def nodes() -> list[Any]:
+        found = sys.modules["extension"].comfy_entrypoint()
+        extension = await found if inspect.isawaitable(found) else found
+        return await extension.get_node_list()
+
+    assert asyncio.run(nodes())
 
 
 def main() -> None:
