@@ -33,6 +33,8 @@ class Attention(Protocol):
 def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """`Attention` by torch's scaled_dot_product_attention, which picks the fastest kernel it has."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, heads, N, dh]
+    if k.device.type == "cpu":  # this kernel reads keys and values once per block of queries; in one piece it is faster
+        k, v = k.contiguous(), v.contiguous()
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
