@@ -35,13 +35,12 @@ class Row:
     name: str
     task: str
     options: dict[str, Any] = field(default_factory=dict)
-    warm: bool = True  # one run before the measured ones
 
 
 def rows() -> Iterator[Row]:
     for tokens, shape in ((3600, [1, 90, 160]), (14400, [4, 90, 160])):
         for dtype in ("float32", "bfloat16"):
-            yield Row(f"DiT forward, {tokens:,} tokens, {dtype}", "dit", {"dtype": dtype, "shape": shape}, warm=tokens < 10000)
+            yield Row(f"DiT forward, {tokens:,} tokens, {dtype}", "dit", {"dtype": dtype, "shape": shape})
     # Tiles small enough for a few seconds each; four tiles are two along time and two along the width.
     tile, overlap = [8, 64, 64], [4, 24, 24]
     for direction in ("encode", "decode"):
@@ -117,12 +116,12 @@ def measure(row: Row, rounds: int, threads: int) -> Result:
     with pair() as sides:
         for side in sides.values():
             side.ask(setup=row.task, options=row.options, threads=threads)
-        for round_number in range(rounds + row.warm):
+        for round_number in range(rounds + 1):  # the first one warms up
             for name, side in sides.items():
                 numbers = side.ask(run=True)
                 result.peak[name] = max(result.peak[name], numbers["peak"])
                 samples[name] = numbers.get("sample")
-                if round_number >= row.warm:
+                if round_number > 0:
                     result.seconds[name].append(numbers["seconds"])
     if samples["ours"]:
         a, b = samples["ours"], samples["diffusers"]
