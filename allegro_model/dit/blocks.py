@@ -65,7 +65,10 @@ class _GELUProjection(nn.Module):
         self.proj = operations.Linear(width, hidden, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        hidden = self.proj(x)  # 4D wide, the largest tensor of a step: without gradients there is room for one
+        if torch.is_grad_enabled():
+            return F.gelu(hidden, approximate="tanh")
+        return torch.ops.aten.gelu_(hidden, approximate="tanh")
 
 
 class FeedForward(nn.Module):
