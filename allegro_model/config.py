@@ -291,6 +291,7 @@ SAMPLING_88X720P = SamplingConfig(
     width=1280, height=720, num_frames=88, fps=15.0, num_steps=100, guidance_scale=7.5,
     sampler="euler_ancestral", prompt_template=True, negative_prompt=DEFAULT_NEGATIVE_PROMPT, text_length=512,
 )
+TI2V_GUIDANCE_SCALE = 8.0  # the default of the reference's image-to-video script
 
 # The 40-frame entries are deduced from the training stages in the paper (arXiv 2410.15458); a config.json
 # beside the weights always wins over them.

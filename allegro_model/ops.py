@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Operations(Protocol):
@@ -17,6 +17,24 @@ class Operations(Protocol):
     Conv2d: Any
     Conv3d: Any
     GroupNorm: Any
+
+
+class _Unfilled:
+    """Skips the random start values, which take longer to draw than a mapped checkpoint takes to load."""
+
+    def reset_parameters(self) -> None: ...
+
+
+class unfilled:  # noqa: N801 (a namespace like `torch.nn`)
+    """`Operations` for a network that is about to be filled from a file."""
+
+    class Linear(_Unfilled, nn.Linear): ...
+
+    class Conv2d(_Unfilled, nn.Conv2d): ...
+
+    class Conv3d(_Unfilled, nn.Conv3d): ...
+
+    class GroupNorm(_Unfilled, nn.GroupNorm): ...
 
 
 class CastParam(Protocol):

@@ -1,5 +1,6 @@
-"""The diffusion transformer: predicts the noise in a video latent from the latent, the time and the prompt."""
+"""The video transformer."""
 
 from .model import AllegroDiT, Prepared
+from .ti2v import AllegroTI2V
 
-__all__ = ["AllegroDiT", "Prepared"]
+__all__ = ["AllegroDiT", "AllegroTI2V", "Prepared"]

@@ -118,7 +118,7 @@ class AllegroDiT(nn.Module):
         rope = self.rope(grid, x.device)
         for block, text in zip(self.transformer_blocks, prepared.text, strict=True):
             x = block(x, modulation, rope, text, prepared.bias, self.attention)  # [B, N, D]
-        return self.unembed(x, time, grid)  # [B, 4, t, h, w]
+        return self.unembed(x, self.output_time(time, latents), grid)  # [B, 4, t, h, w]
 
     def grid(self, latents: Tensor) -> tuple[int, int, int]:
         """(t, h/p, w/p), the tokens per axis.
@@ -145,6 +145,10 @@ class AllegroDiT(nn.Module):
         if self.config.absolute_position:
             x = x + position_table(self.grid(latents), self.config.width, x.device).to(x.dtype)
         return x
+
+    def output_time(self, time: Tensor, latents: Tensor) -> Tensor:
+        """The embedding [B, D] that modulates the output: the time alone; image-to-video adds to it."""
+        return time
 
     def unembed(self, x: Tensor, time: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Tokens [B, N, D] and time embedding [B, D] -> eps [B, 4, t, h, w]."""

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ..config import SAMPLING_88X720P, DiTConfig, VAEConfig
-from ..dit import AllegroDiT
+from ..dit import AllegroDiT, AllegroTI2V
 from ..errors import CheckpointError, CheckpointMismatch
+from ..ops import unfilled
 from ..text import TextEncoder, build_text_encoder, has_tokenizer
 from ..vae import VideoVAE
 from .defaults import stated_text_length
@@ -27,17 +28,17 @@ def load_dit(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    operations: Any = nn,
+    operations: Any = unfilled,
     config: DiTConfig | None = None,
 ) -> AllegroDiT:
-    """Loads the text-to-video transformer.
+    """Loads a transformer: text to video, or `AllegroTI2V` when its tensors say so.
 
     Args:
         path: a .safetensors file, an index, a folder with them, or the root of a model snapshot.
         device: where the weights go. On the CPU, and in the stored type, they stay mapped to the file and
             take memory only as they are used.
         dtype: type of the weights; default the type most of them are stored in (bfloat16 for float8 files).
-        operations: namespace of layer classes.
+        operations: namespace of layer classes; default `torch.nn`'s without their random start values.
         config: sizes and scales; default from the shapes and the config.json beside the weights.
     Raises:
         CheckpointError: the file cannot be read; UnsupportedCheckpoint: it is something else;
@@ -45,7 +46,8 @@ def load_dit(
     """
     source = open_source(path, "allegro-dit", subfolder="transformer")
     config = config or config_of(source, dit_config_from_shapes)
-    return _fill(AllegroDiT(config, operations=operations, device="meta"), source, device, dtype)
+    network = AllegroTI2V if source.info.variant == "ti2v" else AllegroDiT
+    return _fill(network(config, operations=operations, device="meta"), source, device, dtype)
 
 
 def load_vae(
@@ -53,7 +55,7 @@ def load_vae(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.float32,
-    operations: Any = nn,
+    operations: Any = unfilled,
     config: VAEConfig | None = None,
     part: Part = "full",
 ) -> VideoVAE:

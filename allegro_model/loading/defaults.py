@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import PRESETS, SAMPLING_88X720P, SamplingConfig
+from ..config import PRESETS, SAMPLING_88X720P, TI2V_GUIDANCE_SCALE, SamplingConfig
 from ..errors import CheckpointError, UnsupportedCheckpoint
 from .dimensions import dit_config_from_shapes, preset_name
 from .files import read_json
@@ -30,12 +30,17 @@ def load_sampling_defaults(path: str | Path) -> SamplingConfig:
     stated = _stated(Path(path))
     if stated is not None:
         return stated
-    config = config_of(open_source(path, "allegro-dit", subfolder="transformer"), dit_config_from_shapes)
-    if name := preset_name(config):
-        return PRESETS[name].sampling
+    source = open_source(path, "allegro-dit", subfolder="transformer")
+    config = config_of(source, dit_config_from_shapes)
+    name = preset_name(config)
+    released = PRESETS[name].sampling if name else SAMPLING_88X720P
+    if source.info.variant == "ti2v":
+        released = replace(released, guidance_scale=TI2V_GUIDANCE_SCALE)
+    if name:
+        return released
     # 8 pixels and 4 frames per latent cell
     return replace(
-        SAMPLING_88X720P,
+        released,
         width=config.sample_size[1] * 8,
         height=config.sample_size[0] * 8,
         num_frames=config.sample_size_t * 4,

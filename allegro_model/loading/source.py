@@ -22,7 +22,7 @@ _SHOWN = 8  # names per list in a message
 _BATCH_BYTES = 512 * 2**20  # mapped at a time while weights are converted
 
 WANTED = {
-    "allegro-dit": "an Allegro text-to-video transformer (transformer/ of rhymes-ai/Allegro)",
+    "allegro-dit": "an Allegro text-to-video transformer or its image-to-video variant (transformer/ of rhymes-ai/Allegro or rhymes-ai/Allegro-TI2V)",
     "allegro-vae": "the Allegro VideoVAE (vae/ of rhymes-ai/Allegro)",
     "t5-encoder": "a T5 v1.1 text encoder (text_encoder/ of rhymes-ai/Allegro, or any T5 v1.1 XXL encoder)",
 }
@@ -64,11 +64,6 @@ def open_source(path: str | Path, family: str, *, subfolder: str | None = None) 
         raise UnsupportedCheckpoint(
             f"{path} is {with_article(info.title)}; expected {WANTED[family]}. {_lists(header, family)} "
             "Choose another file."
-        )
-    if found.variant == "ti2v":
-        raise UnsupportedCheckpoint(
-            f"{path} is an {found.title}, the image-to-video variant, whose input is a video, a masked "
-            f"video and a mask; expected {WANTED[family]}. Choose the text-to-video model."
         )
     if info.parts:
         header = replace(

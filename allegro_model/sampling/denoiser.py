@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dit import AllegroDiT
+from ..dit import AllegroDiT, AllegroTI2V
+from ..errors import GeometryError
 from .guidance import check_guidance, guide
 from .schedule import sigma_to_timestep
 
@@ -29,11 +30,19 @@ class Denoiser:
         positive, negative: prompts; `negative` may be None when guidance_scale is 1.
         guidance_scale: weight of guidance; 1 = off.
         batched: evaluate both prompts in one pass: faster on a GPU, twice the activations.
+        condition: [1, 8, t, h, w] of `build_condition`, for an image-to-video network and only for one. It joins
+            the latents after they are scaled, in both halves of guidance.
+    Raises:
+        GeometryError: a condition without such a network, or the reverse.
     """
 
     def __init__(self, dit: AllegroDiT, positive: Prompt, negative: Prompt | None, guidance_scale: float, *,
-                 batched: bool) -> None:
+                 batched: bool, condition: Tensor | None = None) -> None:
         check_guidance(guidance_scale)
+        if isinstance(dit, AllegroTI2V) != (condition is not None):
+            raise GeometryError("given frames need the image-to-video transformer (Allegro-TI2V), and it needs the "
+                                "condition made from them; this is " +
+                                ("that transformer, without a condition." if condition is None else "another one."))
         self.dit = dit
         self.guidance_scale = guidance_scale
         weight = dit.proj_out.weight
@@ -42,6 +51,7 @@ class Denoiser:
             groups = [[positive]]
         else:
             groups = [[negative, positive]] if batched else [[negative], [positive]]
+        self.condition = None if condition is None else condition.to(self.device, self.dtype)
         self.prepared = [dit.prepare(*self._join(group)) for group in groups]
         self.copies = len(groups[0])
 
@@ -60,6 +70,8 @@ class Denoiser:
     def eps(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The guided noise prediction, float32; arguments as in `__call__`."""
         latents = (x / (sigma.to(x.device) ** 2 + 1) ** 0.5).to(self.device, self.dtype)
+        if self.condition is not None:
+            latents = torch.cat((latents, self.condition), dim=1)
         latents = latents.expand(self.copies, -1, -1, -1, -1)
         timesteps = sigma_to_timestep(sigma).to(self.device).expand(self.copies)
         outputs = [self.dit.denoise(latents, timesteps, p).to(x.device, torch.float32) for p in self.prepared]

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "allegro_model"
 BASE = {"errors", "config"}
 SHARED = BASE | {"attention", "ops", "geometry"}
 STAGES = SHARED | {"dit", "vae", "text"}
-PIPELINE = STAGES | {"sampling", "loading", "media", "memory"}
+PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning"}
 COMMANDS = PIPELINE | {"pipeline", "latents"}
 ALLOWED = {
     "errors": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "attention": BASE,
     "ops": BASE,
     "geometry": BASE,
+    "conditioning": BASE | {"geometry"},
     "dit": SHARED,
     "vae": SHARED,
     "text": SHARED,

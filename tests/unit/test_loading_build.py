@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from allegro_model.config import PRESETS, DiTConfig, SamplingConfig, VAEConfig
-from allegro_model.dit import AllegroDiT
+from allegro_model.dit import AllegroDiT, AllegroTI2V
 from allegro_model.errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
 from allegro_model.loading import (
     bundled_model,
@@ -280,7 +281,7 @@ def test_wrong_family_says_what_it_is_and_what_was_expected(tmp_path, dit_state,
     with pytest.raises(UnsupportedCheckpoint) as error:
         load_dit(tmp_path / "vae")
     message = str(error.value)
-    assert "is an Allegro VideoVAE; expected an Allegro text-to-video transformer" in message
+    assert "is an Allegro VideoVAE; expected an Allegro text-to-video transformer or its" in message
     assert f"It holds {len(vae_state)} tensors: decoder.conv_in.bias, " in message
     assert f"({len(vae_state) - 8} more)" in message
     assert "Expected tensors such as: pos_embed.proj.weight, " in message
@@ -305,20 +306,6 @@ def test_other_models_are_refused_by_name(tmp_path, names, words):
     with pytest.raises(UnsupportedCheckpoint) as error:
         load_dit(tmp_path)
     assert words in str(error.value)
-
-
-def test_image_to_video_is_recognised_and_refused(tmp_path, dit_state):
-    extra = {}
-    for name in ("pos_embed_masked_video", "pos_embed_mask", "pos_embed_first_frame"):
-        extra |= {
-            f"{name}.0.proj.weight": torch.zeros(48, 4, 2, 2),
-            f"{name}.0.proj.bias": torch.zeros(48),
-            f"{name}.1.weight": torch.zeros(48, 48),
-        }
-    with pytest.raises(
-        UnsupportedCheckpoint, match=r"the image-to-video variant.*expected an Allegro text-to-video"
-    ):
-        load_dit(save(tmp_path, dit_state | extra, DIT))
 
 
 def test_missing_and_unexpected_tensors_are_listed(tmp_path, dit_state):
@@ -430,9 +417,10 @@ def test_sampling_defaults_without_an_entry(snapshot):
     assert isinstance(found, SamplingConfig)
 
 
+@pytest.mark.parametrize(("network", "changes"), [(AllegroDiT, {}), (AllegroTI2V, {"guidance_scale": 8.0})])
 @pytest.mark.parametrize("preset", list(PRESETS))
-def test_sampling_defaults_of_released_models(tmp_path, monkeypatch, preset):
-    meta = AllegroDiT(PRESETS[preset].dit, device="meta")
+def test_sampling_defaults_of_released_models(tmp_path, monkeypatch, preset, network, changes):
+    meta = network(PRESETS[preset].dit, device="meta")
     opened = type(
         "S",
         (),
@@ -440,10 +428,11 @@ def test_sampling_defaults_of_released_models(tmp_path, monkeypatch, preset):
             "path": tmp_path,
             "shapes": {n: tuple(t.shape) for n, t in meta.state_dict().items()},
             "header": type("H", (), {"config": PRESETS[preset].dit.to_dict()}),
+            "info": type("I", (), {"variant": "ti2v" if network is AllegroTI2V else "t2v"}),
         },
     )
     monkeypatch.setattr(defaults, "open_source", lambda *a, **k: opened)
-    assert load_sampling_defaults(tmp_path) == PRESETS[preset].sampling
+    assert load_sampling_defaults(tmp_path) == replace(PRESETS[preset].sampling, **changes)
 
 
 @pytest.mark.parametrize("entry", [{"width": "wide"}, {"prompt_template": 1}, {"num_steps": 2.5}, ["width"]])
