@@ -25,7 +25,7 @@ class _Unfilled:
     def reset_parameters(self) -> None: ...
 
 
-class unfilled:  # noqa: N801 (a namespace like `torch.nn`)
+class unfilled:
     """`Operations` for a network that is about to be filled from a file."""
 
     class Linear(_Unfilled, nn.Linear): ...
