@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def inside(comfyui: Any, base: Path) -> dict[str, str | None]:
     result = base / "inside.json"
     command = [comfyui.python, str(HERE / "inside" / "bootstrap.py"), str(comfyui.path), str(base), str(result),
                str(HERE / "inside" / "checks.py")]
-    done = subprocess.run(command, env=client.child_environment(), cwd=base, capture_output=True, text=True,
+    # Some checks compare with packages of the tests' own environment, which ComfyUI's need not have.
+    env = {**client.child_environment(), "REFERENCE_PYTHON": sys.executable}
+    done = subprocess.run(command, env=env, cwd=base, capture_output=True, text=True,
                           timeout=3600, check=False)
     assert result.exists(), f"the process ended with {done.returncode}:\n{done.stderr[-4000:]}"
     return json.loads(result.read_text(encoding="utf-8"))

@@ -14,4 +14,6 @@ CHECKS = [line.split("(")[0].removeprefix("def ")
 @pytest.mark.parametrize("name", CHECKS)
 def test_inside_comfyui(inside: dict[str, str | None], name: str) -> None:
     problem = inside.get(name, "it did not run: the process ended before")
+    if problem is not None and problem.startswith("skipped: "):
+        pytest.skip(problem.removeprefix("skipped: "))
     assert problem is None, problem

@@ -2,7 +2,8 @@
 
     python bootstrap.py COMFYUI BASE_DIRECTORY RESULT.json CHECKS.py
 
-Each `check_*` function of CHECKS.py is called with a `Host`. RESULT.json: {name: null or the traceback}.
+Each `check_*` function of CHECKS.py is called with a `Host`. RESULT.json: {name: null, the traceback, or "skipped: "
+and the reason}.
 """
 
 import asyncio
@@ -18,6 +19,10 @@ from types import ModuleType
 from typing import Any
 
 PACK = Path(__file__).resolve().parents[3]
+
+
+class Skipped(Exception):
+    """What a check needs is absent; the message says what."""
 
 
 class Host:
@@ -100,6 +105,8 @@ def main(comfyui: str, base: str, result: str, checks: str) -> None:
         try:
             getattr(module, name)(host)
             found[name] = None
+        except Skipped as reason:
+            found[name] = f"skipped: {reason}"
         except BaseException:  # noqa: BLE001
             found[name] = traceback.format_exc() + "\n".join(["", "log:", *host.log[-20:]])
         found[f"seconds {name}"] = f"{time.perf_counter() - start:.2f}"

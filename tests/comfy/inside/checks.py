@@ -3,8 +3,10 @@
 import copy
 import gc
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.k_diffusion.sampling
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
@@ -20,7 +23,7 @@ import comfy.samplers
 import comfy.utils
 import psutil
 import torch
-from bootstrap import PACK, Host, call
+from bootstrap import PACK, Host, Skipped, call
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -351,11 +354,11 @@ def ksampler(h: Host, dit: Any, **changes: Any) -> Tensor:
     return call(h.core.NODE_CLASS_MAPPINGS["KSampler"], **inputs)["samples"]
 
 
-def advanced(h: Host, dit: Any, sigmas: Tensor) -> Tensor:
+def advanced(h: Host, dit: Any, sigmas: Tensor, cfg: float = 3.0) -> Tensor:
     nodes = {name: h.extra("nodes_custom_sampler", name)
              for name in ("CFGGuider", "RandomNoise", "KSamplerSelect", "SamplerCustomAdvanced")}
     positive, negative = prompts(h)
-    guider = call(nodes["CFGGuider"], model=dit, positive=positive, negative=negative, cfg=3.0)
+    guider = call(nodes["CFGGuider"], model=dit, positive=positive, negative=negative, cfg=cfg)
     return call(nodes["SamplerCustomAdvanced"], noise=call(nodes["RandomNoise"], noise_seed=3), guider=guider,
                 sampler=call(nodes["KSamplerSelect"], sampler_name="euler_ancestral"), sigmas=sigmas,
                 latent_image=empty(h))["samples"]
@@ -379,6 +382,60 @@ def check_core_sampler_with_our_noise_equals_ours(h: Host) -> None:
     sigmas = h.run("AllegroScheduler", steps=20, denoise=1.0)
     theirs = comfy.sample.sample_custom(dit, noise, 3.0, sampler, sigmas, positive, negative, empty(h)["samples"], seed=3)
     assert relative(theirs, sample(h, dit, steps=20)) < 2e-6
+
+
+def check_core_samplers_equal_diffusers(h: Host) -> None:
+    """ComfyUI's euler_ancestral with guidance round our network against diffusers' scheduler round diffusers' network:
+    the noises are those that ComfyUI drew. What is left is rounding, about 2e-6."""
+    sigmas = h.run("AllegroScheduler", steps=20, denoise=1.0)
+    runs: dict[str, Callable[[], Tensor]] = {
+        "KSampler, scheduler normal": lambda: ksampler(h, parts(h)[0], steps=20, cfg=7.5),
+        "SamplerCustomAdvanced, Allegro Scheduler": lambda: advanced(h, parts(h)[0], sigmas, cfg=7.5),
+    }
+    for name, run in runs.items():
+        result, drawn = with_recorded_noise(run)
+        assert len(drawn) == 19, "one per step but the last"
+        first = comfy.sample.prepare_noise(empty(h)["samples"], 3)
+        expected = diffusers_run(h, torch.stack([first, *drawn]), cfg=7.5)
+        error = relative(result * 0.13235, expected)
+        assert error < 1e-5, (name, error)
+
+
+def with_recorded_noise(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The result, and what ComfyUI's ancestral samplers drew meanwhile."""
+    module, drawn = comfy.k_diffusion.sampling, []
+    original = module.default_noise_sampler
+
+    def recording(*args: Any, **kwargs: Any) -> Callable[[Any, Any], Tensor]:
+        draw = original(*args, **kwargs)
+
+        def noise(sigma: Any, following: Any) -> Tensor:
+            drawn.append(draw(sigma, following))
+            return drawn[-1]
+
+        return noise
+
+    module.default_noise_sampler = recording
+    try:
+        return run(), drawn
+    finally:
+        module.default_noise_sampler = original
+
+
+def diffusers_run(h: Host, noise: Tensor, *, cfg: float) -> Tensor:
+    """The latents of diffusers' loop in a process of the tests' Python; see diffusers_loop.py."""
+    inputs = {"noise": noise, "cfg": torch.tensor(cfg)}
+    for name, entry in zip(("positive", "negative"), prompts(h), strict=True):
+        inputs |= {name: entry[0][0].float().contiguous(), f"{name}_mask": entry[0][1]["attention_mask"]}
+    given, result = h.base / "given.safetensors", h.base / "result.safetensors"
+    save_file(inputs, given)
+    command = [os.environ["REFERENCE_PYTHON"], str(Path(__file__).parent / "diffusers_loop.py"),
+               str(h.base / "models" / "allegro" / "tiny-random" / "transformer"), str(given), str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if "No module named 'diffusers'" in done.stderr:
+        raise Skipped("the reference of this comparison is diffusers (test extra)")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(result)["latents"]
 
 
 def check_other_samplers_and_schedulers_run(h: Host) -> None:
