@@ -13,7 +13,7 @@ PACKAGE = ROOT / "allegro_model"
 BASE = {"errors", "config"}
 SHARED = BASE | {"attention", "ops", "geometry"}
 STAGES = SHARED | {"dit", "vae", "text"}
-PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning"}
+PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining"}
 COMMANDS = PIPELINE | {"pipeline", "latents"}
 ALLOWED = {
     "errors": set(),
@@ -22,6 +22,7 @@ ALLOWED = {
     "ops": BASE,
     "geometry": BASE,
     "conditioning": BASE | {"geometry"},
+    "joining": BASE,
     "dit": SHARED,
     "vae": SHARED,
     "text": SHARED,
