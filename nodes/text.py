@@ -24,7 +24,7 @@ class T5Encode(io.ComfyNode):
             category="conditioning",
             description=("Encodes a prompt the way Allegro was run: cleaned, in the official quality template for the "
                          "positive role, at most 512 tokens. Takes the CLIP of Load Allegro T5, or of another loader for "
-                         "T5 v1.1 XXL (a GGUF loader, or ComfyUI's own with type mochi)."),
+                         "T5 v1.1 XXL (that of the GGUF pack or ComfyUI's own, each with type mochi)."),
             search_aliases=["prompt", "allegro text encode"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The T5 text encoder."),

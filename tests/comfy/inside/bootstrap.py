@@ -43,19 +43,11 @@ class Host:
         importlib.import_module("server")
         self.core = importlib.import_module("nodes")
         start = time.process_time()  # of this process alone: the machine may be busy
-        self.pack = self._load_pack()
+        self.pack = load_pack("custom_nodes_allegro", PACK)
         extension = asyncio.run(self.pack.comfy_entrypoint())
         nodes = asyncio.run(extension.get_node_list())
         self.import_seconds = time.process_time() - start
         self.nodes = {node.define_schema().node_id: node for node in nodes}
-
-    def _load_pack(self) -> ModuleType:
-        name = "custom_nodes_allegro"
-        spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
 
     def module(self, name: str) -> ModuleType:
         """A module of the pack, e.g. "nodes.bridge.model"."""
@@ -75,6 +67,15 @@ def call(node: Any, **inputs: Any) -> Any:
     if hasattr(node, "define_schema"):
         return node.execute(**inputs).args[0]
     return getattr(node(), node.FUNCTION)(**inputs)[0]
+
+
+def load_pack(name: str, folder: Path) -> ModuleType:
+    """Imports a pack of custom nodes the way ComfyUI does."""
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Collect(logging.Handler):

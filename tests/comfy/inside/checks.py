@@ -21,9 +21,10 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import packed
 import psutil
 import torch
-from bootstrap import PACK, Host, Skipped, call
+from bootstrap import PACK, Host, Skipped, call, load_pack
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -307,6 +308,56 @@ def check_other_clips_work_without_a_mask(h: Host) -> None:
     plain = sample(h, positive=encoded, negative=encoded)
     masked = [[encoded[0][0], {"pooled_output": None, "attention_mask": torch.ones((1, 20), dtype=torch.long)}]]
     assert relative(plain, sample(h, positive=masked, negative=masked)) < 1e-5
+
+
+def check_encoder_with_packed_weights(h: Host) -> None:
+    """As GGUF loaders make it: T5 Encode works with its CLIP, and its mask reaches the transformer."""
+    weights, sizes = packable_encoder(h)
+    with packed.small_t5(sizes):
+        clip = packed.load_packed_clip(weights)
+    assert_encodes_like_ours(h, clip)
+
+
+def check_encoder_of_the_gguf_pack(h: Host) -> None:
+    """The same with a real GGUF file and the pack that reads it."""
+    if "COMFYUI_GGUF_PATH" not in os.environ:
+        raise Skipped("set COMFYUI_GGUF_PATH to a checkout of ComfyUI-GGUF whose requirements ComfyUI's interpreter has")
+    weights, sizes = packable_encoder(h)
+    packed.write_gguf(weights, h.base / "models" / "text_encoders" / "t5.gguf")
+    loader = load_pack("custom_nodes_gguf", Path(os.environ["COMFYUI_GGUF_PATH"])).NODE_CLASS_MAPPINGS["CLIPLoaderGGUF"]
+    with packed.small_t5(sizes):
+        clip = call(loader, clip_name="t5.gguf", type="mochi")
+    assert type(clip.patcher).__name__ == "GGUFModelPatcher"
+    assert_encodes_like_ours(h, clip)
+
+
+def packable_encoder(h: Host) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A T5 that ComfyUI's tokenizer fits and that loses nothing in 8 bits: weights, and sizes under ComfyUI's names.
+
+    Written for our loader as packable.safetensors.
+    """
+    folder = h.base / "models" / "text_encoders"
+    weights = packed.without_loss(load_file(folder / "published_vocabulary.safetensors"))
+    save_file(weights, folder / "packable.safetensors")
+    config = h.module("allegro_model.loading").t5_config_from_shapes({name: tuple(w.shape) for name, w in weights.items()})
+    return weights, h.module("nodes.bridge.text")._comfy_config(config)
+
+
+def assert_encodes_like_ours(h: Host, clip: Any) -> None:
+    """A CLIP with the weights of `packable_encoder`, against our loader's."""
+    text = {"text": "A red circle moves right", "role": "positive", "clean_caption": True, "prompt_weighting": False}
+    ours = h.run("LoadAllegroT5", clip_name="packable.safetensors", device="default")
+    (expected, mask), (found, their_mask) = (
+        (entry[0], entry[1]["attention_mask"].bool())
+        for entry in (h.run("AllegroT5Encode", clip=c, **text)[0] for c in (ours, clip)))
+    words = int(mask.sum())
+    assert words == int(their_mask.sum()) > 40, "the template of the released models"
+    assert found.shape == (1, 256, 64), "padded by ComfyUI's type mochi"
+    error = relative(found[:, :words].float(), expected[:, :words].float())
+    assert error < 1e-2, error  # ComfyUI keeps the norms, and the pack unpacks, in half precision
+    encoded = h.run("AllegroT5Encode", clip=clip, **text)
+    trimmed = [[found[:, :words], {"pooled_output": None}]]
+    assert relative(sample(h, positive=encoded), sample(h, positive=trimmed)) < 1e-5, "padding was attended to"
 
 
 def check_prompts_of_different_lengths_work(h: Host) -> None:
