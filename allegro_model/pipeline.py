@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,15 @@ from .geometry import (
     frames_bytes,
     latent_shape,
 )
-from .loading import bundled_model, load_dit, load_sampling_defaults, load_text_encoder, load_vae, open_source
+from .loading import (
+    apply_loras,
+    bundled_model,
+    load_dit,
+    load_sampling_defaults,
+    load_text_encoder,
+    load_vae,
+    open_source,
+)
 from .memory import free_bytes, total_bytes
 from .sampling import SAMPLERS, Denoiser, NoiseSource, Prompt, StepInfo, reference_sigmas
 from .sampling.guidance import check_guidance
@@ -129,21 +137,25 @@ class AllegroPipeline:
         device: where the networks run.
         dtype: of the transformer; None picks bfloat16 on an accelerator and float32 on a CPU.
         tiling: of the VAE; None takes the checkpoint's.
+        loras: (path, strength) of LoRAs, merged into the transformer whenever it is loaded.
     """
 
     def __init__(self, root: Path, defaults: SamplingConfig, *, device: torch.device,
-                 dtype: torch.dtype | None = None, tiling: Tiling | None = None) -> None:
+                 dtype: torch.dtype | None = None, tiling: Tiling | None = None,
+                 loras: Sequence[tuple[str | Path, float]] = ()) -> None:
         self.root = root
         self.defaults = defaults
         self.device = device
         self.dtype = dtype
         self.tiling = tiling
+        self.loras = tuple(loras)
         self._dit: AllegroDiT | None = None
         self._vae: VideoVAE | None = None
 
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str] = "tiny", *, device: str | torch.device = "auto",
-                        dtype: str | torch.dtype = "auto", tiling: Tiling | None = None) -> AllegroPipeline:
+                        dtype: str | torch.dtype = "auto", tiling: Tiling | None = None,
+                        loras: Sequence[tuple[str | Path, float]] = ()) -> AllegroPipeline:
         """Opens a model; weights are read when they are first needed.
 
         Args:
@@ -151,18 +163,22 @@ class AllegroPipeline:
             device: "auto" (an accelerator if there is one), or a torch device.
             dtype: "auto", "bf16", "fp16", "fp32" or a torch dtype; of the transformer.
             tiling: of the VAE; None takes the checkpoint's.
+            loras: (path, strength) of LoRAs for the transformer, e.g. [("style.safetensors", 0.8)].
         Raises:
             UnsupportedCheckpoint: not a model folder.
         """
         root = bundled_model("tiny") if model == "tiny" else Path(model)
         return cls(root, load_sampling_defaults(root), device=resolve_device(device),
-                   dtype=resolve_dtype(dtype), tiling=tiling)
+                   dtype=resolve_dtype(dtype), tiling=tiling, loras=loras)
 
     # Networks: memory-mapped when something about them is asked, moved to the device when they run
 
     def _load_dit(self) -> AllegroDiT:
         if self._dit is None:
-            self._dit = load_dit(self.root / "transformer")
+            dit = load_dit(self.root / "transformer")
+            # In the dtype of the run: what a LoRA adds would be rounded twice in a smaller one of the file.
+            apply_loras(dit, self.loras, dtype=self._run_dtype(dit))
+            self._dit = dit
         return self._dit
 
     def _load_vae(self) -> VideoVAE:
@@ -183,9 +199,12 @@ class AllegroPipeline:
     @property
     def dit_dtype(self) -> torch.dtype:
         """dtype the transformer runs in."""
+        return self.dtype or self._run_dtype(self._load_dit())
+
+    def _run_dtype(self, dit: AllegroDiT) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
-        small = sum(p.numel() for p in self._load_dit().parameters()) < SMALL_MODEL_PARAMETERS
+        small = sum(p.numel() for p in dit.parameters()) < SMALL_MODEL_PARAMETERS
         return torch.float32 if small or self.device.type == "cpu" else torch.bfloat16
 
     @property

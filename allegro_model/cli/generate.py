@@ -11,7 +11,7 @@ from ..latents import pack_latents, pack_state
 from ..pipeline import PromptEmbeds, SampleState
 from ..sampling import StepInfo
 from .console import size
-from .job import Job, keep_latents, model_name, write_bytes, write_clip
+from .job import Job, keep_latents, lora_options, model_name, write_bytes, write_clip
 from .plan import Plan, make_plan
 
 
@@ -71,7 +71,7 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
     s, pipeline = plan.settings, plan.pipeline
     kernel = getattr(best_attention(pipeline.device, pipeline.dit_dtype), "__name__", "unnamed")
     job.console.say(
-        f"{model_name(job)}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of "
+        f"{' + '.join([model_name(job), *_loras(plan)])}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of "
         f"{s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
         f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel}, no step "
         f"cache, about {size(pipeline.sampling_bytes(s))} of working memory")
@@ -91,6 +91,10 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
         if last is not None:
             _rescue(job, plan, SampleState(last.latents.cpu(), last.step, s, last.denoised.cpu()))
         raise
+
+
+def _loras(plan: Plan) -> list[str]:
+    return [f"{lora['name']} at {lora['strength']:g}" for lora in plan.metadata.get("loras", [])]
 
 
 def _save_unfinished(job: Job, plan: Plan, state: SampleState) -> None:
@@ -135,7 +139,7 @@ def _pack(plan: Plan, state: SampleState) -> tuple[bytes, bool]:
 
 def _how_to_resume(job: Job, plan: Plan, state: SampleState, path: Path) -> str:
     return (f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro generate --resume "
-            f"{shlex.quote(str(path))}{_output_and_model(job, plan)}")
+            f"{shlex.quote(str(path))}{_output_and_model(job, plan)}{lora_options(job.args.lora)}")
 
 
 def _output_and_model(job: Job, plan: Plan) -> str:

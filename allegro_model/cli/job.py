@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import shlex
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,6 +21,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import AllegroError, CheckpointError, GeometryError, OutputError
 from ..latents import read_latents
+from ..loading import lora_file, read_header
 from ..media import (
     atomic_file,
     check_clip_output,
@@ -176,7 +179,8 @@ def open_model(job: Job) -> AllegroPipeline:
         raise CheckpointError(f"--model {model}: there is no such folder. Give a model folder, with "
                               f'transformer/, vae/, text_encoder/ and tokenizer/ in it, or "{BUNDLED}".')
     dtype = getattr(args, "dtype", "auto")
-    pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=dtype)
+    pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=dtype,
+                                               loras=getattr(args, "lora", ()))
     pipeline.tiling = _tiling(args, pipeline)
     job.report.facts["model"] = model_name(job)
     job.report.facts["device"] = str(pipeline.device)
@@ -201,6 +205,52 @@ def check_model_of(job: Job, path: str, saved: Mapping[str, Any]) -> None:
     if name is not None and model_name(job) != name:
         hint = "leave out --model" if name == BUNDLED else f"give the folder of {name} with --model"
         raise UsageError(f"{path} was made with the model {name}, not {model_name(job)}: {hint}.")
+
+
+def describe_loras(job: Job) -> list[dict[str, Any]]:
+    """The LoRAs of the run, to be kept in files: name, strength, and a hash of the content (the first digits of
+    SHA-256), since a name says nothing about that.
+
+    Raises:
+        CheckpointError: a file is missing, or cannot be read.
+    """
+    described = []
+    for path, strength in job.args.lora:
+        digest = hashlib.sha256()
+        for part in read_header(lora_file(path)).files:
+            with part.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        described.append({"name": lora_file(path).name, "strength": strength, "hash": digest.hexdigest()[:10]})
+    return described
+
+
+def lora_options(loras: Iterable[tuple[str, float]]) -> str:
+    """As they are written on a command line, each with a space in front."""
+    return "".join(f" --lora {shlex.quote(f'{name}:{strength}')}" for name, strength in loras)
+
+
+def check_loras_of(path: str, saved: Mapping[str, Any], loras: list[dict[str, Any]]) -> None:
+    """Raises when a run was begun with other LoRAs.
+
+    Args:
+        path: of the file.
+        saved: its metadata.
+        loras: those of this run, from `describe_loras`.
+    Raises:
+        UsageError: names both.
+    """
+    before = saved.get("loras", [])
+    keys = {"name": str, "strength": float, "hash": str}
+    if not isinstance(before, list) or not all(
+            isinstance(lora, dict) and {key: type(lora.get(key)) for key in keys} == keys for lora in before):
+        raise UsageError(f"{path} holds no usable list of LoRAs: {before!r}. The file is damaged; start the run again.")
+    if [(lora["hash"], lora["strength"]) for lora in before] == [(lora["hash"], lora["strength"]) for lora in loras]:
+        return
+    wanted, given = (", ".join(f"{lora['name']}:{lora['strength']} ({lora['hash']})" for lora in which) or "no LoRA"
+                     for which in (before, loras))
+    hint = f"give{lora_options((lora['name'], lora['strength']) for lora in before)}" if before else "leave out --lora"
+    raise UsageError(f"{path} was made with {wanted}, not with {given}: {hint}. In brackets, a hash of the file.")
 
 
 def _tiling(args: argparse.Namespace, pipeline: AllegroPipeline) -> Tiling | None:

@@ -134,6 +134,9 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
                        help="wrap the prompt in the official quality words")
     group.add_argument("--no-clean", action="store_const", const=True,
                        help='keep the prompt as it is: the official cleaning deletes words such as "r2d2"')
+    group.add_argument("--lora", action="append", type=_lora, default=[], metavar="FILE[:STRENGTH]",
+                       help="merge a LoRA into the transformer, with this strength (default 1, may be negative); "
+                            "repeat it for several")
     group.add_argument("--seed", type=int, help="0 or above; the same seed gives the same video (default 42)")
     group.add_argument("--init-video", metavar="FILE",
                        help="start from a video, or from latents made by encode")
@@ -212,6 +215,16 @@ def _add_tiles(parser: _Parser) -> None:
                        help="shared with the next tile (released models: 8x120x80; with --tile at most half of it)")
     group.add_argument("--tiles-per-batch", type=int, metavar="N", default=1,
                        help="tiles at once; more is faster and needs more memory (default 1)")
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH; the colon of a Windows drive belongs to the file."""
+    found = re.fullmatch(r"(..+?):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
+    if found:
+        return found.group(1), float(found.group(2))
+    if re.search(r"\.safetensors:", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected FILE or FILE:STRENGTH, such as style.safetensors:0.8")
+    return text, 1.0
 
 
 def _triple(text: str) -> tuple[int, int, int]:

@@ -26,9 +26,11 @@ from .job import (
     check_clip_space,
     check_latents_output,
     check_latents_space,
+    check_loras_of,
     check_model_of,
     check_report_output,
     choose_fps,
+    describe_loras,
     load_latents,
     model_name,
     open_model,
@@ -94,9 +96,13 @@ def make_plan(job: Job) -> Plan:
     latents = None if args.save_latents is None else check_latents_output(job, args.save_latents)
     check_report_output(job)
     state, saved = read_state(args.resume) if args.resume else (None, {})
+    loras = describe_loras(job)
     if state is not None:
         check_model_of(job, args.resume, saved)
+        check_loras_of(args.resume, saved, loras)
     pipeline = open_model(job)
+    if loras:
+        _ = pipeline.dit_config  # merges them: what is wrong with one must not wait until the prompt is read
     text = _text(job, pipeline, saved)
     if state is not None:
         settings, start = _settings_of(args.resume, state), None
@@ -112,7 +118,7 @@ def make_plan(job: Job) -> Plan:
     if latents is not None:
         check_latents_space(latents, settings.width, settings.height, settings.num_frames)
     metadata = {**asdict(text), "model": model_name(job), "fps": fps, "settings": settings.to_dict(),
-                **base_metadata()}
+                **({"loras": loras} if loras else {}), **base_metadata()}
     return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, metadata)
 
 

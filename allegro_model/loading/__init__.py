@@ -1,11 +1,12 @@
 """Checkpoints: finding files, recognising them, building models from them."""
 
 from .build import load_dit, load_text_encoder, load_vae
-from .defaults import bundled_model, load_sampling_defaults
+from .defaults import bundled_loras, bundled_model, load_sampling_defaults
 from .describe import describe
 from .detect import CheckpointInfo, identify
 from .dimensions import dit_config_from_shapes, preset_name, t5_config_from_shapes, vae_config_from_shapes
 from .files import Checkpoint, Header, is_snapshot, map_tensors, read_checkpoint, read_header
+from .lora import apply_loras, lora_file, read_lora
 from .source import Source, check_tensors, open_source, read_tensors
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "CheckpointInfo",
     "Header",
     "Source",
+    "apply_loras",
+    "bundled_loras",
     "bundled_model",
     "check_tensors",
     "describe",
@@ -23,11 +26,13 @@ __all__ = [
     "load_sampling_defaults",
     "load_text_encoder",
     "load_vae",
+    "lora_file",
     "map_tensors",
     "open_source",
     "preset_name",
     "read_checkpoint",
     "read_header",
+    "read_lora",
     "read_tensors",
     "t5_config_from_shapes",
     "vae_config_from_shapes",

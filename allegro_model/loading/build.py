@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from ..text import TextEncoder, build_text_encoder, has_tokenizer
 from ..vae import VideoVAE
 from .defaults import stated_text_length
 from .dimensions import dit_config_from_shapes, t5_config_from_shapes, t5_shapes, vae_config_from_shapes
+from .lora import apply_loras
 from .source import Source, check_tensors, config_of, open_source, read_tensors, with_article
 
 Part = Literal["full", "encoder", "decoder"]
@@ -30,6 +32,7 @@ def load_dit(
     dtype: torch.dtype | None = None,
     operations: Any = unfilled,
     config: DiTConfig | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
 ) -> AllegroDiT:
     """Loads a transformer: text to video, or `AllegroTI2V` when its tensors say so.
 
@@ -40,6 +43,7 @@ def load_dit(
         dtype: type of the weights; default the type most of them are stored in (bfloat16 for float8 files).
         operations: namespace of layer classes; default `torch.nn`'s without their random start values.
         config: sizes and scales; default from the shapes and the config.json beside the weights.
+        loras: (path, strength) of LoRAs to merge; see `apply_loras`.
     Raises:
         CheckpointError: the file cannot be read; UnsupportedCheckpoint: it is something else;
         CheckpointMismatch: it is incomplete, or tensors have other shapes.
@@ -47,7 +51,9 @@ def load_dit(
     source = open_source(path, "allegro-dit", subfolder="transformer")
     config = config or config_of(source, dit_config_from_shapes)
     network = AllegroTI2V if source.info.variant == "ti2v" else AllegroDiT
-    return _fill(network(config, operations=operations, device="meta"), source, device, dtype)
+    dit = _fill(network(config, operations=operations, device="meta"), source, device, dtype)
+    apply_loras(dit, loras)
+    return dit
 
 
 def load_vae(

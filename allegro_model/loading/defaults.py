@@ -69,6 +69,12 @@ def bundled_model(name: str) -> Path:
     return ASSETS / name
 
 
+def bundled_loras() -> dict[str, Path]:
+    """The LoRAs that come with the package: {"MODEL/NAME": file}, e.g. "tiny/orange" for the model "tiny"."""
+    files = sorted(ASSETS.glob("*/loras/*.safetensors"))
+    return {f"{file.parents[1].name}/{file.stem}": file for file in files}
+
+
 def _stated(root: Path) -> SamplingConfig | None:
     """ "allegro_sampling" of model_index.json, None if there is none."""
     path = root / "model_index.json"

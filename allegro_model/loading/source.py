@@ -111,7 +111,7 @@ def check_tensors(
         if found[name] != expected[name]
     ]
     lists = [
-        f"{label} ({len(names)}): {_shorten(names)}."
+        f"{label} ({len(names)}): {shorten(names)}."
         for label, names in (("Missing", missing), ("Unexpected", unexpected), ("Other shapes", reshaped))
         if names
     ]
@@ -168,11 +168,11 @@ def with_article(title: str) -> str:
 
 def _lists(header: Header, family: str) -> str:
     return (
-        f"It holds {len(header.tensors)} tensors: {_shorten(sorted(header.tensors))}. "
-        f"Expected tensors such as: {_shorten(MARKS[family])}."
+        f"It holds {len(header.tensors)} tensors: {shorten(sorted(header.tensors))}. "
+        f"Expected tensors such as: {shorten(MARKS[family])}."
     )
 
 
-def _shorten(names: Iterable[str]) -> str:
+def shorten(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:_SHOWN]) + (f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else "")
