@@ -524,10 +524,25 @@ def check_the_line_about_a_run_names_the_cache(h: Host) -> None:
 def check_torch_compile_equals_eager(h: Host) -> None:
     """Backend eager of the compiler: the graph is captured as for any other backend, no C++ compiler is needed."""
     node = h.extra("nodes_torch_compile", "TorchCompileModel")
-    wrapper = sys.modules[node.__module__].set_torch_compile_wrapper
-    dit = parts(h)[0].clone()
-    wrapper(model=dit, backend="eager", options={})
+    dit = call(node, model=parts(h)[0], backend="eager")
     assert relative(ksampler(h, dit, steps=2), ksampler(h, parts(h)[0], steps=2)) < 1e-5
+
+
+def check_torch_compile_with_its_usual_backend(h: Host) -> None:
+    """ComfyUI's node as in its menu: inductor, which builds kernels; on one block, since that takes time."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        raise Skipped("the inductor backend needs a C++ compiler")
+    folder = h.base / "models" / "diffusion_models"
+    weights = load_file(folder / "dit.safetensors")
+    save_file({k: w for k, w in weights.items() if "blocks." not in k or "blocks.0." in k}, folder / "one_block.safetensors")
+    plain = model(h, "one_block.safetensors")
+    compiled = call(h.extra("nodes_torch_compile", "TorchCompileModel"), model=plain, backend="inductor")
+    assert compiled.model_options["torch_compile_kwargs"]["backend"] == "inductor"
+    captured = torch._dynamo.utils.counters["stats"]
+    before = captured["unique_graphs"]
+    result = ksampler(h, compiled, steps=2)
+    assert captured["unique_graphs"] > before, "nothing was compiled"
+    assert relative(result, ksampler(h, plain, steps=2)) < 1e-5
 
 
 def check_patches_of_other_nodes(h: Host) -> None:
