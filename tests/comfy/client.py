@@ -123,10 +123,11 @@ class Server:
     def get(self, path: str) -> Any:
         return json.loads(self.fetch(path))
 
-    def submit(self, graph: dict[str, Any]) -> str:
-        """Queues a graph in API form; the id of the prompt."""
+    def submit(self, graph: dict[str, Any], client_id: str | None = None) -> str:
+        """Queues a graph in API form, reported to a WebSocket of `client_id` if given; the id of the prompt."""
+        body = {"prompt": graph} if client_id is None else {"prompt": graph, "client_id": client_id}
         try:
-            return json.loads(self.fetch("/prompt", {"prompt": graph}))["prompt_id"]
+            return json.loads(self.fetch("/prompt", body))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise PromptRefused(json.loads(error.read())) from error
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from comfy.client import PACK, PromptRefused, Server, error_of
+from comfy.websocket import WebSocket
 from PIL import Image
 
 from allegro_model.loading import load_sampling_defaults
@@ -192,7 +194,43 @@ def assert_follows_its_prompt(server: Server, graph: dict[str, Any]) -> None:
     assert all(found.values()), found
 
 
-def test_previews_and_the_line_about_the_run_are_there(server: Server) -> None:
+def test_previews_and_progress_reach_the_browser(server: Server) -> None:
+    """As the browser listens: one picture per step, and progress to the last one."""
+    socket = WebSocket(server.port, "listener")
+    previews: list[tuple[dict[str, Any], Image.Image]] = []
+    progress: dict[str, list[tuple[int, int]]] = {}  # node -> steps done, of how many
+    try:
+        socket.send({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+        prompt_id = server.submit(small(seed=8), client_id="listener")
+        for message in socket.messages():
+            if isinstance(message, bytes):
+                previews.append(preview_of(message))
+            elif message["type"] == "progress":
+                about = message["data"]
+                progress.setdefault(about["node"], []).append((about["value"], about["max"]))
+            elif message["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                assert message["type"] == "execution_success", message
+                break
+    finally:
+        socket.close()
+    sampler, decode = (key for key, node in small().items() if node["class_type"] in ("AllegroSampler", "AllegroVideoVAEDecode"))
+    assert progress[sampler] == [(step, 4) for step in (1, 2, 3, 4)]
+    assert progress[decode][-1][0] == progress[decode][-1][1] > 1
+    assert [about["node_id"] for about, _ in previews] == [sampler] * 4
+    assert all(about["prompt_id"] == prompt_id for about, _ in previews)
+    for _, picture in previews:
+        assert np.asarray(picture.convert("RGB")).std() > 1, "the preview is one colour"
+        assert abs(picture.width / picture.height - 96 / 64) < 0.01
+
+
+def preview_of(message: bytes) -> tuple[dict[str, Any], Image.Image]:
+    """What ComfyUI says about a preview, and the preview. The message: 4 bytes kind, 4 bytes length, JSON, JPEG or PNG."""
+    kind, length = struct.unpack(">II", message[:8])
+    assert kind == 4, kind
+    return json.loads(message[8 : 8 + length]), Image.open(io.BytesIO(message[8 + length :]))
+
+
+def test_the_line_about_the_run_is_there(server: Server) -> None:
     server.run(small(seed=7))
     assert re.search(r"Allegro: 2 layers of width 192, weights float32, 1 x 24 frames of 96x64 \(144 tokens\), 4 steps, "
                      r"cfg 3, seed 7, attention \w+, no cache, about [\d.]+ [GM]iB of activations on cpu", server.log)
