@@ -8,6 +8,7 @@ both, ignores keys that change nothing (attention modes, class names, ...) and f
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -223,6 +224,79 @@ class VAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict(to_dict())` is the identity."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+# The frame interpolator
+
+
+@dataclass(frozen=True)
+class VFIConfig:
+    """Shape of an EMA-VFI frame interpolator (arXiv 2303.00440).
+
+    Attributes:
+        base_channels: channels of the first stage, doubled by each of the next four; F in the paper.
+        depth: layers of the five stages: convolutions in the first three, transformer blocks in the last two.
+        window: edge of an attention window, cells; 7 in every released model.
+        arbitrary_time: trained for every position between two frames; False: for the middle alone.
+    """
+
+    base_channels: int
+    depth: tuple[int, int, int, int, int]
+    window: int
+    arbitrary_time: bool
+
+    def __post_init__(self) -> None:
+        F = self.base_channels
+        _require("base_channels", F, F > 0 and F % 4 == 0, "a positive multiple of 4")
+        _require("depth", self.depth, len(self.depth) == 5 and min(self.depth) > 0, "five positive integers")
+        for stage in (4, 5):
+            blocks, heads = self.depth[stage - 1], self.heads(stage)
+            _require(f"depth of stage {stage}", blocks, self.channels(stage) % (blocks * heads) == 0,
+                     f"a number by which {self.channels(stage)} channels and {heads} heads can be divided")
+        _require("window", self.window, self.window > 1, "2 or more")
+
+    def channels(self, stage: int) -> int:
+        """Channels of a stage, 1 to 5; appearance and, in stages 4 and 5, motion."""
+        return int(self.base_channels * 2 ** (stage - 1))
+
+    def heads(self, stage: int) -> int:
+        """Attention heads of a stage, 4 or 5; a head is 32 wide."""
+        return self.channels(stage) // VFI_HEAD_DIM
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], *, arbitrary_time: bool = False) -> VFIConfig:
+        """Derives the sizes from the tensors of a checkpoint, under our names.
+
+        Args:
+            shapes: tensor name -> shape.
+            arbitrary_time: this and the window, which is 7, cannot be seen in the tensors.
+        Raises:
+            UnsupportedCheckpoint: no EMA-VFI model has tensors like these.
+        """
+        first = shapes.get("feature_bone.block1.conv.0.weight", ())
+        _require("feature_bone.block1.conv.0.weight", list(first), len(first) == 4, "the first convolution of EMA-VFI")
+        convolutions = [sum(1 for name, shape in shapes.items() if len(shape) == 4
+                            and re.fullmatch(rf"feature_bone\.block{stage}\.conv\.\d+\.weight", name))
+                        for stage in (1, 2, 3)]
+        blocks = [sum(1 for name in shapes if re.fullmatch(rf"feature_bone\.block{stage}\.\d+\.norm1\.weight", name))
+                  for stage in (4, 5)]
+        return cls(first[0], (*convolutions, *blocks), VFI_WINDOW, arbitrary_time)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**asdict(self), "depth": list(self.depth)}
+
+
+VFI_HEAD_DIM = 32
+VFI_WINDOW = 7
+
+# The four released models: MCG-NJU/EMA-VFI. "_t" has the tensors of its namesake and was trained otherwise.
+VFI_PRESETS: dict[str, VFIConfig] = {
+    "ours": VFIConfig(32, (2, 2, 2, 4, 4), VFI_WINDOW, False),
+    "ours_t": VFIConfig(32, (2, 2, 2, 4, 4), VFI_WINDOW, True),
+    "ours_small": VFIConfig(16, (2, 2, 2, 2, 2), VFI_WINDOW, False),
+    "ours_small_t": VFIConfig(16, (2, 2, 2, 2, 2), VFI_WINDOW, True),
+}
 
 
 # How a model wants to be used

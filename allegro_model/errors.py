@@ -16,6 +16,10 @@ class ScheduleError(AllegroError):
     """A step count, denoise strength, guidance scale or sampler name outside its range."""
 
 
+class InterpolationError(AllegroError):
+    """Frame interpolation was asked for positions or rates that the model cannot make."""
+
+
 class CheckpointError(AllegroError):
     """A file of weights cannot be used."""
 

@@ -130,3 +130,12 @@ def check_memory(stage: str, needed: int, free: int, remedy: str) -> None:
         gib = 1024**3
         raise NotEnoughMemory(f"{stage} needs about {needed / gib:.1f} GiB, {free / gib:.1f} GiB are free. "
                               f"Try, in this order: {remedy}.")
+
+
+# Frame interpolation
+
+
+def centred_padding(width: int, height: int, multiple: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) pixels that make both sides multiples of `multiple`; the odd one right and below."""
+    across, down = -width % multiple, -height % multiple
+    return across // 2, across - across // 2, down // 2, down - down // 2

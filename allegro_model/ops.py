@@ -16,7 +16,9 @@ class Operations(Protocol):
     Linear: Any
     Conv2d: Any
     Conv3d: Any
+    ConvTranspose2d: Any
     GroupNorm: Any
+    LayerNorm: Any
 
 
 class _Unfilled:

@@ -1,11 +1,12 @@
 """Checkpoints: finding files, recognising them, building models from them."""
 
 from .build import load_dit, load_text_encoder, load_vae
-from .defaults import bundled_loras, bundled_model, load_sampling_defaults
+from .defaults import bundled_interpolator, bundled_loras, bundled_model, load_sampling_defaults
 from .describe import describe
 from .detect import CheckpointInfo, identify
 from .dimensions import dit_config_from_shapes, preset_name, t5_config_from_shapes, vae_config_from_shapes
 from .files import Checkpoint, Header, is_snapshot, map_tensors, read_checkpoint, read_header
+from .interpolator import interpolator_metadata, load_interpolator, read_pickled_interpolator
 from .lora import apply_loras, lora_file, read_lora
 from .source import Source, check_tensors, open_source, read_tensors
 
@@ -15,14 +16,17 @@ __all__ = [
     "Header",
     "Source",
     "apply_loras",
+    "bundled_interpolator",
     "bundled_loras",
     "bundled_model",
     "check_tensors",
     "describe",
     "dit_config_from_shapes",
     "identify",
+    "interpolator_metadata",
     "is_snapshot",
     "load_dit",
+    "load_interpolator",
     "load_sampling_defaults",
     "load_text_encoder",
     "load_vae",
@@ -33,6 +37,7 @@ __all__ = [
     "read_checkpoint",
     "read_header",
     "read_lora",
+    "read_pickled_interpolator",
     "read_tensors",
     "t5_config_from_shapes",
     "vae_config_from_shapes",

@@ -75,6 +75,21 @@ def bundled_loras() -> dict[str, Path]:
     return {f"{file.parents[1].name}/{file.stem}": file for file in files}
 
 
+def bundled_interpolator() -> Path:
+    """The frame interpolator that comes with the package, a .safetensors file.
+
+    Raises:
+        CheckpointError: this copy of the package has none.
+    """
+    path = ASSETS / "tiny-vfi" / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(
+            f"there is no bundled frame interpolator: {path} does not exist. Give the file of a downloaded "
+            "EMA-VFI model, converted with: python -m allegro_model convert-vfi IN.pkl OUT.safetensors"
+        )
+    return path
+
+
 def _stated(root: Path) -> SamplingConfig | None:
     """ "allegro_sampling" of model_index.json, None if there is none."""
     path = root / "model_index.json"

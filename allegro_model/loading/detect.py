@@ -164,6 +164,13 @@ MARKS: dict[str, tuple[str, ...]] = {
         "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
         "encoder.final_layer_norm.weight",
     ),
+    "ema-vfi": (
+        "feature_bone.block1.conv.0.weight",
+        "feature_bone.patch_embed4.layers.6.weight",
+        "feature_bone.block5.0.attn.cor_embed.weight",
+        "block.1.conv.2.1.weight",
+        "unet.up3.0.weight",
+    ),
 }
 
 

@@ -177,6 +177,13 @@ def _truncated(path: Path, expected: int, found: int) -> UnsupportedCheckpoint:
     )
 
 
+def looks_pickled(start: bytes) -> bool:
+    """True for the first bytes of a pickle, or of the zip archive that PyTorch makes of one."""
+    return start.startswith(b"PK\x03\x04") or (
+        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    )
+
+
 def _explain_foreign(path: Path, start: bytes, size: int) -> str:
     """Says what a file that is not safetensors looks like, and what to do."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -193,9 +200,7 @@ def _explain_foreign(path: Path, start: bytes, size: int) -> str:
             f"{path} is a web page, {want}. The download saved an error or log-in page; download the file "
             "again, signed in if the model asks for it."
         )
-    if start.startswith(b"PK\x03\x04") or (
-        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    ):
+    if looks_pickled(start):
         return (
             f"{path} is a pickled PyTorch checkpoint (.pt, .ckpt or .bin, whatever its name says), {want}. "
             "Pickles can run code when they are opened and are never read here; download the safetensors "

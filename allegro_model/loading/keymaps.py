@@ -39,6 +39,8 @@ QUANT_MARKER = "scaled_fp8"
 T5_TIED = ("encoder.embed_tokens.weight", "shared.weight")
 # Entries of a text encoder file that its network has no use for.
 _T5_UNUSED = re.compile(r"lm_head\..*|decoder\..*")
+# Buffers that the reference's attention leaves in its checkpoints, with the shape of the last picture it saw.
+_VFI_BUFFERS = re.compile(r"(.*\.)?(attn_mask|HW)")
 _LOGIT_SCALE = "logit_scale"  # ComfyUI keeps one beside every text encoder it saves
 
 
@@ -70,11 +72,13 @@ def native_name(name: str, family: str) -> str | None:
 
     Args:
         name: as in the file.
-        family: "allegro-dit", "allegro-vae", "t5-encoder", ...: the tables differ.
+        family: "allegro-dit", "allegro-vae", "t5-encoder", "ema-vfi", ...: the tables differ.
     """
     if family == "allegro-vae" and (match := _VAE_ATTENTION.fullmatch(name)):
         return f"{match[1]}.{VAE_ATTENTION[match[2]]}.{match[3]}"
     if family == "t5-encoder" and _T5_UNUSED.fullmatch(name):
+        return None
+    if family == "ema-vfi" and _VFI_BUFFERS.fullmatch(name):
         return None
     return name
 

@@ -25,6 +25,7 @@ WANTED = {
     "allegro-dit": "an Allegro text-to-video transformer or its image-to-video variant (transformer/ of rhymes-ai/Allegro or rhymes-ai/Allegro-TI2V)",
     "allegro-vae": "the Allegro VideoVAE (vae/ of rhymes-ai/Allegro)",
     "t5-encoder": "a T5 v1.1 text encoder (text_encoder/ of rhymes-ai/Allegro, or any T5 v1.1 XXL encoder)",
+    "ema-vfi": "an EMA-VFI frame interpolator (ours or ours_small, made by: python -m allegro_model convert-vfi)",
 }
 
 
@@ -52,7 +53,7 @@ def open_source(path: str | Path, family: str, *, subfolder: str | None = None) 
 
     Args:
         path: as in `load_dit`.
-        family: "allegro-dit", "allegro-vae" or "t5-encoder".
+        family: "allegro-dit", "allegro-vae", "t5-encoder" or "ema-vfi".
         subfolder: component of a model snapshot.
     Raises:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`.

@@ -31,8 +31,8 @@ class Case:
     def config(self) -> Mapping[str, Any]:
         return self.entry.get("config", {})
 
-    @property
-    def tolerance(self) -> Mapping[str, float]:
+    def tolerance(self, name: str) -> Mapping[str, float]:
+        """`rtol` and `atol` of an output."""
         return self.entry["tolerance"]
 
     @cached_property
@@ -85,6 +85,46 @@ class Case:
         return module.eval()
 
 
+@dataclass(frozen=True)
+class InterpolationCase(Case):
+    """The dialect of the frame interpolation index.
+
+    Tensors are called `<case>/<name>`, a case may borrow another's inputs, and every output has its own tolerance.
+    """
+
+    index: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Sizes of a network whose weights are a formula."""
+        return self.index["formula_weights"][f"{self.entry['variant']}@{self.entry['weight_seed']}"]["config"]
+
+    def tolerance(self, name: str) -> Mapping[str, float]:
+        return {"rtol": 0.0, "atol": self.entry["outputs"][name]["atol"]}
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Pictures, stored as bytes, are in [0, 1]."""
+        lender = self.entry.get("inputs_from", self.name)
+        entry = next(e for e in self.index["cases"] if e["name"] == lender)
+        found = {name: self.part(f"{lender}/")[name] for name in entry["inputs"]}
+        return {k.removesuffix("_u8"): v / 255 if k.endswith("_u8") else v for k, v in found.items()}
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        return {name: self.part(f"{self.name}/")[name] for name in self.entry["outputs"]}
+
+    def fill(self, module: nn.Module, *, prefix: str = "", aliases: Mapping[str, str] | None = None) -> nn.Module:
+        if self.entry["weights"] == "formula":
+            seed = int(self.entry["weight_seed"])
+            weights = {k: formula(k, tuple(v.shape), seed) for k, v in module.state_dict().items()}
+        else:
+            stored = as_float32(load_file(self.folder / self.entry["weights"]))
+            weights = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        module.load_state_dict(weights, strict=True)
+        return module.eval()
+
+
 def as_float32(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
@@ -103,6 +143,30 @@ def recipe(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) >= 2:
         return x / torch.tensor(float(np.sqrt(np.float64(np.prod(shape[1:]))))).float()
     return 1 + 0.2 * x if key.endswith(".weight") else 0.1 * x
+
+
+def formula(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """As `recipe`, for frame interpolation: the gains of a network whose flows reach several pixels."""
+    generator = np.random.RandomState((zlib.crc32(key.encode()) + 1000003 * seed) % 2**32)
+    x = generator.standard_normal(size=shape)
+    if key.endswith(".bias"):
+        x = 0.05 * x
+    elif len(shape) == 1:
+        x = 1 + 0.1 * x if "norm" in key else 0.25 + 0.05 * x
+    else:
+        fan_in = 4 * shape[0] if key.startswith("unet.up") else np.prod(shape[1:])
+        x = _gain(key, len(shape)) / np.sqrt(fan_in) * x
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def _gain(key: str, ndim: int) -> float:
+    if key.startswith("unet.conv."):
+        return 0.25
+    if key.startswith("block.") and key.endswith(".conv.2.0.weight"):
+        return 2.0
+    if ".attn.q." in key or ".attn.kv." in key:
+        return 1.5
+    return 1.3 if ndim == 4 else 1.0
 
 
 def indices(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -125,11 +189,14 @@ def is_text_index(content: Mapping[str, Any]) -> bool:
 
 def tensor_cases(folder: Path) -> list[Case]:
     """Every case of `folder` with tensors in it; the index lists them by name, or as a list with names inside."""
-    found = []
+    found: list[Case] = []
     for _, content in indices(folder):
         if is_text_index(content):
             continue
         listed = content["cases"]
+        if "formula_weights" in content:
+            found += [InterpolationCase(entry["name"], entry["kind"], entry, folder, content) for entry in listed]
+            continue
         entries = listed.items() if isinstance(listed, dict) else ((e["name"], e) for e in listed)
         found += [Case(name, entry["kind"], entry, folder) for name, entry in entries]
     return found

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "allegro_model"
 
 BASE = {"errors", "config"}
 SHARED = BASE | {"attention", "ops", "geometry"}
-STAGES = SHARED | {"dit", "vae", "text"}
+STAGES = SHARED | {"dit", "vae", "text", "vfi"}
 PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining"}
 COMMANDS = PIPELINE | {"pipeline", "latents"}
 ALLOWED = {
@@ -26,6 +26,7 @@ ALLOWED = {
     "dit": SHARED,
     "vae": SHARED,
     "text": SHARED,
+    "vfi": SHARED,
     "sampling": STAGES,
     "loading": STAGES,
     "media": SHARED,
