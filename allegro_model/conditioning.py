@@ -9,7 +9,7 @@ Frames are [N, 3, H, W] in [-1, 1] here; `fit_images` makes them from pictures o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,21 @@ class GivenFrames:
             raise GeometryError(f"{len(frames)} images and {len(positions)} positions ({list(positions)}): expected one "
                                 "position per image.")
         return cls(frames, resolve_positions(positions, num_frames), num_frames)
+
+    @classmethod
+    def fitted(cls, images: Mapping[int, Tensor], width: int, height: int, num_frames: int, *,
+               fit: str = "crop") -> GivenFrames:
+        """Pictures of any sizes at any positions.
+
+        Args:
+            images: position -> [C, h, w] in [0, 1]; see `fit_images`. Empty when nothing is given.
+            width, height, num_frames: of the clip.
+            fit: "crop", "pad" or "stretch".
+        Raises:
+            GeometryError: as in `at` and `fit_images`.
+        """
+        frames = [fit_images(image[None], width, height, fit) for image in images.values()]
+        return cls.at(torch.cat(frames) if frames else torch.zeros(0, 3, height, width), list(images), num_frames)
 
     @classmethod
     def start_of(cls, frames: Tensor, num_frames: int) -> GivenFrames:

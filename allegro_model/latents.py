@@ -1,8 +1,8 @@
 """Latents in files: finished ones in ComfyUI's own latent format, unfinished runs with all they need to go on.
 
 A finished file holds `latent_tensor`, raw latents [1, 4, t, h, w] float32, and `latent_format_version_0`,
-which is what ComfyUI's LoadLatent reads. An unfinished one holds `noisy_latents` (normalised) and, after the
-first step, `denoised`. Metadata: everything in `metadata` as JSON under "allegro".
+which is what ComfyUI's LoadLatent reads. An unfinished one holds `noisy_latents` (normalised) and the other
+tensors of its `SampleState`. Metadata: everything in `metadata` as JSON under "allegro".
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .pipeline import SampleSettings, SampleState
 
 # Annotation of a field of SampleSettings -> types its value may have in JSON.
 _KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+# Tensors that a state may have besides its latents, under the names of their fields.
+_OPTIONAL = ("denoised", "condition", "kept")
 
 
 def pack_latents(latents: Tensor, metadata: dict[str, Any]) -> bytes:
@@ -43,9 +45,13 @@ def pack_state(state: SampleState, metadata: dict[str, Any]) -> bytes:
         metadata: JSON-able; prompt and what else is needed to repeat the run.
     """
     tensors = {"noisy_latents": state.latents.contiguous()}
-    if state.denoised is not None:
-        tensors["denoised"] = state.denoised.contiguous()
+    for name in _OPTIONAL:
+        tensor = getattr(state, name)
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
     run = {**metadata, "step": state.step, "settings": state.settings.to_dict()}
+    if state.kept is not None:
+        run["kept_start"] = state.kept_start
     return save(tensors, {"allegro": json.dumps(run)})
 
 
@@ -90,10 +96,11 @@ def read_state(path: str | PathLike[str]) -> tuple[SampleState, dict[str, Any]]:
     tensors, metadata = _read(path)
     if "noisy_latents" not in tensors or "settings" not in metadata:
         raise UnsupportedCheckpoint(f"{path} holds {sorted(tensors)}: expected a run saved with --stop-at-step.")
-    stated, step = metadata["settings"], metadata.get("step")
+    stated, step, kept_start = metadata["settings"], metadata.get("step"), metadata.get("kept_start", 0)
     kinds = {field.name: _KINDS[str(field.type)] for field in fields(SampleSettings)}
-    if not isinstance(stated, dict) or stated.keys() != kinds.keys() or type(step) is not int or not all(
-            type(stated[name]) in kind for name, kind in kinds.items()):
+    if not isinstance(stated, dict) or stated.keys() != kinds.keys() or not all(
+            type(stated[name]) in kind for name, kind in kinds.items()) or type(step) is not int or type(kept_start) is not int:
         raise UnsupportedCheckpoint(f"{path} holds the settings {stated} after step {step}: expected {sorted(kinds)} and a "
                                     "whole number. The file is damaged; start the run again.")
-    return SampleState(tensors["noisy_latents"], step, SampleSettings(**stated), tensors.get("denoised")), metadata
+    optional = {name: tensors.get(name) for name in _OPTIONAL}
+    return SampleState(tensors["noisy_latents"], step, SampleSettings(**stated), **optional, kept_start=kept_start), metadata

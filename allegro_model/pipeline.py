@@ -4,7 +4,10 @@
     frames = pipeline("a red circle moves right over a blue background", seed=1)  # [1, 3, T, H, W]
 
 The stages are `encode_prompt` -> `sample` -> `decode_stream`. Networks are loaded when their stage begins;
-the text encoder is dropped after it.
+the text encoder is dropped after it. With the image-to-video model, `condition` comes before `sample`:
+
+    pipeline = AllegroPipeline.from_pretrained("tiny-ti2v")
+    frames = pipeline("the circle moves right", given={0: image})  # [3, h, w] in [0, 1], of any size
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ import torch
 from torch import Tensor
 
 from .attention import best_attention
+from .conditioning import GivenFrames, build_condition, sample_posterior
 from .config import DiTConfig, SamplingConfig, VAEConfig
 from .dit import AllegroDiT
-from .errors import GeometryError, NonFiniteError, ScheduleError
+from .errors import CheckpointMismatch, GeometryError, NonFiniteError, ScheduleError
 from .geometry import (
     LATENT_CHANNELS,
     check_memory,
@@ -36,17 +40,21 @@ from .geometry import (
 from .loading import (
     apply_loras,
     bundled_model,
+    bundled_models,
+    dit_config_from_shapes,
     load_dit,
     load_sampling_defaults,
     load_text_encoder,
     load_vae,
     open_source,
+    t5_config_from_shapes,
 )
+from .loading.source import config_of
 from .memory import free_bytes, total_bytes
-from .sampling import SAMPLERS, Denoiser, NoiseSource, Prompt, StepInfo, reference_sigmas
+from .sampling import SAMPLERS, Denoiser, NoiseSource, Prompt, StepInfo, keep_latents, reference_sigmas
 from .sampling.guidance import check_guidance
 from .sampling.noise import MAX_SEED
-from .sampling.samplers import Callback
+from .sampling.samplers import Callback, Denoise
 from .sampling.schedule import check_schedule
 from .text import TextEncoder, format_negative, format_prompt
 from .vae import Tiling, VideoVAE, denormalise, normalise
@@ -115,12 +123,18 @@ class SampleState:
         step: steps done.
         settings: of the run.
         denoised: the last prediction, which two-step samplers look back on; None before the first step.
+        condition: [1, 8, t, h, w] of `AllegroPipeline.condition`; None for a text-to-video model.
+        kept: [1, 4, k, h, w], normalised: latent frames that are not to change; None for none.
+        kept_start: the latent frame that the first of them is.
     """
 
     latents: Tensor
     step: int
     settings: SampleSettings
     denoised: Tensor | None = field(default=None, repr=False)
+    condition: Tensor | None = field(default=None, repr=False)
+    kept: Tensor | None = field(default=None, repr=False)
+    kept_start: int = 0
 
     @property
     def finished(self) -> bool:
@@ -138,12 +152,14 @@ class AllegroPipeline:
         dtype: of the transformer; None picks bfloat16 on an accelerator and float32 on a CPU.
         tiling: of the VAE; None takes the checkpoint's.
         loras: (path, strength) of LoRAs, merged into the transformer whenever it is loaded.
+        transformer: another one than the folder's own: a file, or a folder of weights.
     """
 
     def __init__(self, root: Path, defaults: SamplingConfig, *, device: torch.device,
                  dtype: torch.dtype | None = None, tiling: Tiling | None = None,
-                 loras: Sequence[tuple[str | Path, float]] = ()) -> None:
+                 loras: Sequence[tuple[str | Path, float]] = (), transformer: Path | None = None) -> None:
         self.root = root
+        self.transformer = transformer or root / "transformer"
         self.defaults = defaults
         self.device = device
         self.dtype = dtype
@@ -155,27 +171,34 @@ class AllegroPipeline:
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str] = "tiny", *, device: str | torch.device = "auto",
                         dtype: str | torch.dtype = "auto", tiling: Tiling | None = None,
-                        loras: Sequence[tuple[str | Path, float]] = ()) -> AllegroPipeline:
+                        loras: Sequence[tuple[str | Path, float]] = (),
+                        transformer: str | PathLike[str] | None = None) -> AllegroPipeline:
         """Opens a model; weights are read when they are first needed.
 
         Args:
-            model: "tiny" for the bundled model, or a snapshot folder.
+            model: "tiny" or "tiny-ti2v" for a bundled model, or a snapshot folder.
             device: "auto" (an accelerator if there is one), or a torch device.
             dtype: "auto", "bf16", "fp16", "fp32" or a torch dtype; of the transformer.
             tiling: of the VAE; None takes the checkpoint's.
             loras: (path, strength) of LoRAs for the transformer, e.g. [("style.safetensors", 0.8)].
+            transformer: a file or folder of weights that takes the place of the model's own: the released
+                image-to-video model differs from Allegro in this part alone. Default settings follow it.
         Raises:
             UnsupportedCheckpoint: not a model folder.
+            CheckpointMismatch: `transformer` was made for another text encoder.
         """
-        root = bundled_model("tiny") if model == "tiny" else Path(model)
-        return cls(root, load_sampling_defaults(root), device=resolve_device(device),
-                   dtype=resolve_dtype(dtype), tiling=tiling, loras=loras)
+        root = bundled_model(str(model)) if str(model) in bundled_models() else Path(model)
+        part = None if transformer is None else Path(transformer)
+        if part is not None:
+            _check_text_width(root, part)
+        return cls(root, load_sampling_defaults(root, part), device=resolve_device(device),
+                   dtype=resolve_dtype(dtype), tiling=tiling, loras=loras, transformer=part)
 
     # Networks: memory-mapped when something about them is asked, moved to the device when they run
 
     def _load_dit(self) -> AllegroDiT:
         if self._dit is None:
-            dit = load_dit(self.root / "transformer")
+            dit = load_dit(self.transformer)
             # In the dtype of the run: what a LoRA adds would be rounded twice in a smaller one of the file.
             apply_loras(dit, self.loras, dtype=self._run_dtype(dit))
             self._dit = dit
@@ -183,8 +206,24 @@ class AllegroPipeline:
 
     def _load_vae(self) -> VideoVAE:
         if self._vae is None:
-            self._vae = load_vae(self.root / "vae", dtype=torch.float32)
+            self._vae = load_vae(self.root, dtype=torch.float32)
         return self._vae
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the transformer is the image-to-video one; reads headers only."""
+        return open_source(self.transformer, "allegro-dit", subfolder="transformer").info.variant == "ti2v"
+
+    def check_given(self, given: object) -> None:
+        """Raises when something is given to a model that cannot take it.
+
+        Raises:
+            GeometryError: names the model that can.
+        """
+        if given and not self.image_to_video:
+            raise GeometryError(f"{self.transformer} is the text-to-video model, which takes no given frames. Use the "
+                                "image-to-video one: rhymes-ai/Allegro-TI2V (its transformer is enough, as --transformer "
+                                'or transformer=), or the bundled "tiny-ti2v".')
 
     @property
     def dit_config(self) -> DiTConfig:
@@ -302,16 +341,17 @@ class AllegroPipeline:
                          "closing other programs; a machine with more memory")
         free = free_bytes(self.device)
         if free is not None:
-            weights = 0 if self._dit_is_resident() else (
-                sum(p.numel() for p in self._load_dit().parameters()) * self.dit_dtype.itemsize)
-            check_memory("Sampling", weights + self.sampling_bytes(settings), free,
+            check_memory("Sampling", self._dit_bytes() + self.sampling_bytes(settings), free,
                          f"--dtype bf16 if it is not; {remedy}")
         self.check_tile_memory(settings.num_frames, settings.height, settings.width)
 
-    def _dit_is_resident(self) -> bool:
-        """Whether the transformer already takes its place in the device's memory."""
-        weight = self._load_dit().proj_out.weight
-        return bool(weight.device.type == self.device.type != "cpu" and weight.dtype == self.dit_dtype)
+    def _dit_bytes(self) -> int:
+        """What the transformer will take of the device's memory: nothing if it is there already."""
+        dit = self._load_dit()
+        weight = dit.proj_out.weight
+        if weight.device.type == self.device.type != "cpu" and weight.dtype == self.dit_dtype:
+            return 0
+        return sum(p.numel() for p in dit.parameters()) * self.dit_dtype.itemsize
 
     def check_tile_memory(self, num_frames: int, height: int, width: int) -> None:
         """Raises before anything is allocated when the VAE cannot run on a clip of this size.
@@ -344,14 +384,43 @@ class AllegroPipeline:
         tiles = min(tiling.tiles_per_batch, len(rows.starts) * len(columns.starts))  # a batch never crosses time
         return estimate_decode_bytes(config, tile, tiles=tiles, dtype_bytes=4)
 
-    def start(self, settings: SampleSettings, init_latents: Tensor | None = None) -> SampleState:
+    def condition(self, given: GivenFrames, *, posterior_noise: Tensor | None = None,
+                  progress: Progress | None = None) -> Tensor:
+        """What the image-to-video model learns of the given frames.
+
+        The VAE's posterior is narrow: its mean gives the same clip every time, and a run needs no second kind of
+        noise. The reference draws a sample of it.
+
+        Args:
+            given: the frames, of the clip's size; none is allowed, the model then follows the text alone.
+            posterior_noise: [1, 4, t, h, w], standard normal, for a sample instead of the mean.
+            progress: called with (tiles done, tiles in all); raising in it cancels.
+        Returns:
+            [1, 8, t, h, w] float32 on the CPU, for `start`.
+        Raises:
+            GeometryError: the model is not the image-to-video one, or a size that the VAE cannot encode.
+        """
+        self.check_given(given)
+        height, width = (int(n) for n in given.frames.shape[2:])
+        self._make_room(self._decode_bytes(given.num_frames, height, width))
+        mean, logvar = self.vae.encode(given.canvas(), tiling=self.tiling, progress=progress, device=self.device)
+        if posterior_noise is not None:
+            mean = sample_posterior(mean, logvar, posterior_noise.to(mean))
+        check_finite(mean, "the latents of the given frames", "other images; intact weights of the VAE (allegro inspect)")
+        return build_condition(normalise(mean, self.vae_config.scale_factor), given).cpu()
+
+    def start(self, settings: SampleSettings, init_latents: Tensor | None = None, *, condition: Tensor | None = None,
+              kept: Tensor | None = None, kept_start: int = 0) -> SampleState:
         """The state before the first step: pure noise, or given latents with noise on top.
 
         Args:
             settings: of the run.
             init_latents: raw latents [1, 4, t, h, w] to start from when settings.denoise is below 1.
+            condition: of the given frames; see `condition`. An image-to-video model always needs one.
+            kept: raw latents [1, 4, k, h, w] that the result has from latent frame `kept_start` on, unchanged.
+            kept_start: 0 goes on from a clip whose last latents are given, t - k puts something in front of one.
         Raises:
-            GeometryError: `init_latents` is not of the settings' size.
+            GeometryError: `init_latents`, `condition` or `kept` is not of the settings' size.
             ScheduleError: denoise below 1 without `init_latents`.
         """
         settings.check()
@@ -359,14 +428,18 @@ class AllegroPipeline:
         sigma = reference_sigmas(settings.num_steps, settings.denoise)[0]
         x = NoiseSource([settings.seed], shape).draw() * sigma
         if init_latents is not None:
-            if tuple(init_latents.shape) != (1, *shape):
-                raise GeometryError(f"init latents of shape {list(init_latents.shape)}: expected {[1, *shape]} for "
-                                    f"{settings.num_frames} frames of {settings.width}x{settings.height}.")
+            _check_shape("init latents", init_latents, (1, *shape), settings)
             x = x + normalise(init_latents.float().cpu(), self.vae_config.scale_factor)
         elif settings.denoise < 1.0:
             raise ScheduleError(f"denoise={settings.denoise}: below 1 needs frames or latents to start from. "
                                 "Give some, or use denoise 1.")
-        return SampleState(x, 0, settings)
+        if condition is not None:
+            _check_shape("condition", condition, (1, 2 * LATENT_CHANNELS, *shape[1:]), settings)
+        if kept is not None:
+            most = shape[1] - kept_start if kept_start >= 0 else 0
+            _check_shape("kept latents", kept, (1, shape[0], min(kept.shape[2], most), *shape[2:]), settings)
+            kept = normalise(kept.float().cpu(), self.vae_config.scale_factor)
+        return SampleState(x, 0, settings, None, condition, kept, kept_start)
 
     def sample(self, prompts: PromptEmbeds, state: SampleState, *, stop: int | None = None,
                callback: Callback | None = None) -> SampleState:
@@ -386,8 +459,13 @@ class AllegroPipeline:
         s.check()
         sigmas = reference_sigmas(s.num_steps, s.denoise)
         noise = NoiseSource([s.seed], state.latents.shape[1:], skip=1 + state.step)
-        denoiser = Denoiser(self.dit, prompts.positive, prompts.negative, s.guidance_scale,
-                            batched=self._batched(s))
+        if self._vae is not None and self.device.type != "cpu" and not self._fits(
+                self._dit_bytes() + self.sampling_bytes(s)):
+            self._vae = None  # where frames were encoded; it is read again to decode
+        denoise: Denoise = Denoiser(self.dit, prompts.positive, prompts.negative, s.guidance_scale,
+                                    batched=self._batched(s), condition=state.condition)
+        if state.kept is not None:
+            denoise = keep_latents(denoise, state.kept.to(self.device), state.kept_start)
         last = state.denoised
 
         def after_step(info: StepInfo) -> None:
@@ -399,10 +477,11 @@ class AllegroPipeline:
                 callback(info)
 
         x = SAMPLERS[s.sampler](
-            denoiser, state.latents.to(self.device), sigmas, noise.draw, start=state.step, stop=stop,
+            denoise, state.latents.to(self.device), sigmas, noise.draw, start=state.step, stop=stop,
             previous=None if last is None else last.to(self.device), callback=after_step)
         step = s.num_steps if stop is None else min(stop, s.num_steps)
-        return SampleState(x.cpu(), step, s, None if last is None else last.cpu())
+        return replace(state, latents=_settled(x.cpu(), state, step), step=step,
+                       denoised=None if last is None else last.cpu())
 
     def _batched(self, settings: SampleSettings) -> bool:
         """Whether both prompts go through the network at once: when that takes at most half the memory."""
@@ -432,12 +511,15 @@ class AllegroPipeline:
             NonFiniteError: NaN or Inf in the frames.
         """
         t, h, w = (int(n) for n in latents.shape[2:])
-        free = free_bytes(self.device)
-        if self.device.type != "cpu" and free is not None and free < self._decode_bytes(4 * t, 8 * h, 8 * w):
-            self._dit = None  # it is read again, from the memory map, when the next run needs it
+        self._make_room(self._decode_bytes(4 * t, 8 * h, 8 * w))
         for frames in self.vae.decode_stream(latents.to(self.device), tiling=self.tiling, progress=progress):
             check_finite(frames, "decoding", "other latents (are they finite?); intact weights of the VAE (allegro inspect)")
             yield frames.clamp(-1, 1).cpu()
+
+    def _make_room(self, needed: int) -> None:
+        """Takes the transformer off the device when the VAE would not fit beside it."""
+        if self.device.type != "cpu" and not self._fits(needed):
+            self._dit = None  # it is read again, from the memory map, when the next run needs it
 
     def encode(self, frames: Tensor, *, progress: Progress | None = None) -> Tensor:
         """Frames [1, 3, T, H, W] in [-1, 1] -> raw latents [1, 4, ceil(T/4), H/8, W/8] float32 (the mean).
@@ -450,23 +532,30 @@ class AllegroPipeline:
 
     def __call__(self, prompt: str, *, negative_prompt: str | None = None, template: bool | None = None,
                  clean: bool = True, callback: Callback | None = None, init_frames: Tensor | None = None,
-                 **settings: Any) -> Tensor:
+                 given: GivenFrames | Mapping[int, Tensor] | None = None, **settings: Any) -> Tensor:
         """All stages at once.
 
         Args:
             prompt, negative_prompt, template, clean: see `encode_prompt`.
             callback: called after each step.
             init_frames: [1, 3, T, H, W] in [-1, 1] to start from, with denoise below 1.
+            given: for the image-to-video model, the frames that are known: {position: image [C, h, w] in [0, 1]} with
+                images of any size, cropped to the clip's aspect, and negative positions counting from the end; or
+                `GivenFrames`, which has more ways to say it.
             **settings: fields of `SampleSettings`; what is absent is the model's default.
         Returns:
             frames [1, 3, T, H, W] float32 in [-1, 1], on the CPU.
         """
         chosen = self.settings(**settings)
+        self.check_given(given)
+        if self.image_to_video and not isinstance(given, GivenFrames):
+            given = GivenFrames.fitted(given or {}, chosen.width, chosen.height, chosen.num_frames)
         self.check_memory(chosen)
         prompts = self.encode_prompt(prompt, negative_prompt, guidance_scale=chosen.guidance_scale,
                                      template=template, clean=clean)
         latents = None if init_frames is None else self.encode(init_frames)
-        state = self.sample(prompts, self.start(chosen, latents), callback=callback)
+        condition = self.condition(given) if isinstance(given, GivenFrames) else None
+        state = self.sample(prompts, self.start(chosen, latents, condition=condition), callback=callback)
         frames = torch.empty((1, 3, chosen.num_frames, chosen.height, chosen.width))
         position = 0
         for part in self.decode_stream(self.raw_latents(state)):
@@ -483,6 +572,29 @@ def check_finite(x: Tensor, where: str, remedy: str = "another copy of the file;
     """
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError(f"NaN or Inf appeared in {where}. Try, in this order: {remedy}.")
+
+
+def _check_shape(what: str, x: Tensor, expected: tuple[int, ...], settings: SampleSettings) -> None:
+    if tuple(x.shape) != expected:
+        raise GeometryError(f"{what} of shape {list(x.shape)}: expected {list(expected)} for {settings.num_frames} frames of "
+                            f"{settings.width}x{settings.height}.")
+
+
+def _settled(latents: Tensor, state: SampleState, step: int) -> Tensor:
+    """The latents after `step`; in finished ones the kept frames are themselves to the last bit."""
+    if state.kept is None or step < state.settings.num_steps:
+        return latents
+    end = state.kept_start + state.kept.shape[2]
+    return torch.cat((latents[:, :, : state.kept_start], state.kept, latents[:, :, end:]), dim=2)
+
+
+def _check_text_width(root: Path, transformer: Path) -> None:
+    """Raises when a transformer cannot read what the text encoder of a model writes."""
+    dit = config_of(open_source(transformer, "allegro-dit", subfolder="transformer"), dit_config_from_shapes)
+    text = config_of(open_source(root, "t5-encoder", subfolder="text_encoder"), t5_config_from_shapes)
+    if dit.caption_channels != text["d_model"]:
+        raise CheckpointMismatch(f"{transformer} was made for a text encoder of width {dit.caption_channels}; that of {root} has "
+                                 f"{text['d_model']}. Give the folder of the model it belongs to with --model (model=).")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tiny import DIT, VAE, fill, tiny_dit, tiny_vae
 
+from allegro_model.dit import AllegroTI2V
+
 SAMPLING = {"width": 32, "height": 32, "num_frames": 8, "fps": 8.0, "num_steps": 4, "guidance_scale": 3.0,
             "sampler": "euler_ancestral", "prompt_template": False, "negative_prompt": "blurry", "text_length": 16}
 _PIECES = ["<pad>", "</s>", "<unk>", "\u2581a", "\u2581red", "\u2581circle", "\u2581moves", "\u2581to", "\u2581the",
@@ -23,6 +25,18 @@ def write_snapshot(root: Path) -> Path:
     _write_text_encoder(root / "text_encoder")
     _write_tokenizer(root / "tokenizer")
     (root / "model_index.json").write_text(json.dumps({"_class_name": "AllegroPipeline", "allegro_sampling": SAMPLING}))
+    return root
+
+
+def write_ti2v_snapshot(root: Path, shared: str) -> Path:
+    """Writes an image-to-video transformer below `root`, with a model_index.json that shares the rest with the
+    model folder `shared`."""
+    (root / "transformer").mkdir(parents=True)
+    save_file(fill(AllegroTI2V(DIT)).state_dict(), root / "transformer" / "diffusion_pytorch_model.safetensors")
+    (root / "transformer" / "config.json").write_text(json.dumps(DIT.to_dict()))
+    index = {"_class_name": "AllegroTI2VPipeline", "allegro_sampling": {**SAMPLING, "guidance_scale": 8.0},
+             "allegro_shared": shared}
+    (root / "model_index.json").write_text(json.dumps(index))
     return root
 
 

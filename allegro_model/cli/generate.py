@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ..attention import best_attention
@@ -89,7 +90,7 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
     except BaseException:
         # The callback never sees a step with NaN or Inf, so that what is kept here can be resumed.
         if last is not None:
-            _rescue(job, plan, SampleState(last.latents.cpu(), last.step, s, last.denoised.cpu()))
+            _rescue(job, plan, replace(state, latents=last.latents.cpu(), step=last.step, denoised=last.denoised.cpu()))
         raise
 
 

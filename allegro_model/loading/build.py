@@ -18,6 +18,7 @@ from ..text import TextEncoder, build_text_encoder, has_tokenizer
 from ..vae import VideoVAE
 from .defaults import stated_text_length
 from .dimensions import dit_config_from_shapes, t5_config_from_shapes, t5_shapes, vae_config_from_shapes
+from .files import component_folder
 from .lora import apply_loras
 from .source import Source, check_tensors, config_of, open_source, read_tensors, with_article
 
@@ -122,7 +123,7 @@ def load_text_encoder(
 
 def _find_tokenizer(path: Path) -> Path:
     folder = path if path.is_dir() else path.parent
-    places = (folder / "tokenizer", folder, folder.parent / "tokenizer")
+    places = (component_folder(folder, "tokenizer"), folder, folder.parent / "tokenizer")
     for place in places:
         if has_tokenizer(place):
             return place

@@ -15,22 +15,24 @@ from .source import config_of, open_source
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
-def load_sampling_defaults(path: str | Path) -> SamplingConfig:
+def load_sampling_defaults(path: str | Path, transformer: str | Path | None = None) -> SamplingConfig:
     """The settings a model was made for.
 
     Args:
         path: the root of a model snapshot, or a transformer.
+        transformer: the one that takes the place of the snapshot's own.
     Returns:
-        "allegro_sampling" of the snapshot's model_index.json; else those of the released model with the same
-        transformer config; else the released ones at the size the transformer was trained for.
+        "allegro_sampling" of the model_index.json of the snapshot that the transformer belongs to, else of
+        `path`; else the settings of the released model with the same transformer config; else the released ones
+        at the size the transformer was trained for.
     Raises:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`, or a setting has a
             wrong type.
     """
-    stated = _stated(Path(path))
+    stated = (None if transformer is None else _stated_nearby(Path(transformer))) or _stated(Path(path))
     if stated is not None:
         return stated
-    source = open_source(path, "allegro-dit", subfolder="transformer")
+    source = open_source(transformer or path, "allegro-dit", subfolder="transformer")
     config = config_of(source, dit_config_from_shapes)
     name = preset_name(config)
     released = PRESETS[name].sampling if name else SAMPLING_88X720P
@@ -49,9 +51,13 @@ def load_sampling_defaults(path: str | Path) -> SamplingConfig:
 
 def stated_text_length(path: Path) -> int | None:
     """Tokens per text of the model that a path belongs to, root or part; None if it does not say."""
-    roots = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
-    found = next((stated for stated in map(_stated, roots) if stated is not None), None)
+    found = _stated_nearby(path)
     return found.text_length if found is not None else None
+
+
+def bundled_models() -> list[str]:
+    """Names of the whole models that come with the package."""
+    return sorted(index.parent.name for index in ASSETS.glob("*/model_index.json"))
 
 
 def bundled_model(name: str) -> Path:
@@ -88,6 +94,12 @@ def bundled_interpolator() -> Path:
             "EMA-VFI model, converted with: python -m allegro_model convert-vfi IN.pkl OUT.safetensors"
         )
     return path
+
+
+def _stated_nearby(path: Path) -> SamplingConfig | None:
+    """What the snapshot says that a path is the root or a part of."""
+    roots = (path, path.parent, path.parent.parent) if path.is_file() else (path, path.parent)
+    return next((stated for stated in map(_stated, roots) if stated is not None), None)
 
 
 def _stated(root: Path) -> SamplingConfig | None:

@@ -9,7 +9,7 @@ from ..errors import CheckpointError
 from . import keymaps
 from .detect import CheckpointInfo, identify
 from .dimensions import dit_config_from_shapes, preset_name
-from .files import COMPONENTS, Header, is_snapshot, read_header, read_json
+from .files import COMPONENTS, Header, component_folder, is_snapshot, read_header, read_json
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -21,8 +21,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         JSON-able. Of a checkpoint: path, family, variant, title, dtypes, parameters, bytes, tensors, files,
         metadata, config (None where there is none), parts (of a bundle); of a transformer with a config also
         preset and trained_size ({"num_frames", "height", "width"}). Of a snapshot: path, family "snapshot",
-        title, bytes, sampling (its "allegro_sampling" or None) and components {name: description}, in which a
-        component that cannot be read has a single entry, "error".
+        title, bytes, sampling (its "allegro_sampling" or None) and components {name: description}; one that another
+        model's folder lends has shared_from, the name of that folder; one that cannot be read has a single
+        entry, "error".
     Raises:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as `files.read_header`.
     """
@@ -72,24 +73,30 @@ def _trained_size(header: Header, info: CheckpointInfo) -> dict[str, Any]:
     }
 
 
+def _describe_component(folder: Path, name: str) -> dict[str, Any]:
+    if name in COMPONENTS:
+        return _describe_checkpoint(folder)
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return {
+        "path": str(folder),
+        "family": name,
+        "title": name,
+        "bytes": sum(file.stat().st_size for file in files),
+        "files": [file.name for file in files],
+    }
+
+
 def _describe_snapshot(root: Path) -> dict[str, Any]:
     components: dict[str, Any] = {}
-    for name in COMPONENTS:
-        if (root / name).is_dir():
-            try:
-                components[name] = _describe_checkpoint(root / name)
-            except CheckpointError as error:  # one broken component must not hide the others
-                components[name] = {"error": str(error)}
-    for name in ("tokenizer", "scheduler"):
-        if (root / name).is_dir():
-            files = sorted(file for file in (root / name).iterdir() if file.is_file())
-            components[name] = {
-                "path": str(root / name),
-                "family": name,
-                "title": name,
-                "bytes": sum(file.stat().st_size for file in files),
-                "files": [file.name for file in files],
-            }
+    for name in (*COMPONENTS, "tokenizer", "scheduler"):
+        try:
+            folder = component_folder(root, name)
+            if folder.is_dir():
+                components[name] = _describe_component(folder, name)
+                if folder.parent != root:
+                    components[name]["shared_from"] = folder.parent.name
+        except CheckpointError as error:  # one broken component must not hide the others
+            components[name] = {"error": str(error)}
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
     missing = [name for name in (*COMPONENTS, "tokenizer") if name not in components]
     transformer = components.get("transformer", {}).get("title", "a model without a transformer")

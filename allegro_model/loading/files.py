@@ -16,6 +16,8 @@ from ..errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
 from .header import TensorInfo, read_file_header
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+# What a model may take from another folder, which "allegro_shared" of its model_index.json names.
+_SHARED_COMPONENTS = ("vae", "text_encoder", "tokenizer")
 INDEX_SUFFIX = ".index.json"
 # The names under which models are published; they win when a folder holds several files.
 _PUBLISHED = ("diffusion_pytorch_model", "model")
@@ -182,6 +184,41 @@ def is_snapshot(path: Path) -> bool:
     )
 
 
+def component_folder(root: Path, name: str) -> Path:
+    """The folder of one part of a model.
+
+    Args:
+        root: of the model.
+        name: "transformer", "vae", "text_encoder" or "tokenizer".
+    Returns:
+        root/name; if there is none, that of the folder which "allegro_shared" of model_index.json names, so that
+        two models need not each have a copy; root/name again, which is not there, if that has none either.
+    Raises:
+        UnsupportedCheckpoint: "allegro_shared" is not the name of a folder beside or inside `root`.
+        CheckpointError: there is no such folder.
+    """
+    index = root / "model_index.json"
+    if (root / name).is_dir() or name not in _SHARED_COMPONENTS or not index.is_file():
+        return root / name
+    shared = read_json(index).get("allegro_shared")
+    if shared is None:
+        return root / name
+    # A model may come from anywhere: it must not make us look at other places than its own neighbourhood.
+    if not isinstance(shared, str) or not re.fullmatch(r"(\.\./)?\w[\w\-.+ ]*", shared):
+        raise UnsupportedCheckpoint(
+            f"{index}: allegro_shared is {shared!r}, expected the name of a folder beside this one, such as "
+            '"../tiny". Correct the file or download it again.'
+        )
+    folder = (root.resolve() / shared).resolve()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{root} takes its {name} from {folder}, which does not exist. Put the model {folder.name} there, or "
+            f"the folder {name}/ into {root}."
+        )
+    # One step only: what is missing there as well is missing.
+    return folder / name if (folder / name).is_dir() else root / name
+
+
 # Which files
 
 
@@ -194,8 +231,8 @@ def _locate(path: Path, subfolder: str | None) -> tuple[tuple[Path, ...], dict[s
     if path.is_file():
         part = _SHARD.fullmatch(path.name)  # one file of several stands for all of them
         return (_all_parts(path.parent, part["stem"], part["total"]) if part else (path,)), {}
-    if subfolder is not None and (path / subfolder).is_dir():
-        path = path / subfolder
+    if subfolder is not None and component_folder(path, subfolder).is_dir():
+        path = component_folder(path, subfolder)
     elif subfolder is not None and is_snapshot(path):
         raise CheckpointError(
             f"{path} has no folder {subfolder}/, so this part of the model is missing. "

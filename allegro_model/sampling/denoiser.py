@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -84,3 +85,22 @@ class Denoiser:
     def _join(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
         embeds = torch.cat([p.embeds for p in prompts]).to(self.device, self.dtype)
         return embeds, torch.cat([p.mask for p in prompts]).to(self.device)
+
+
+def keep_latents(denoise: Callable[[Tensor, Tensor], Tensor], kept: Tensor, start: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """A denoiser that knows some latent frames already.
+
+    A sampler moves along the line from x to the prediction. Where that is always the same, x is that plus the
+    noise of its step, so that the other frames see the known ones with the noise they expect.
+
+    Args:
+        denoise: predicts all frames.
+        kept: [1, 4, k, h, w], normalised, on the device of the latents.
+        start: the latent frame that the first of them is.
+    """
+
+    def predict(x: Tensor, sigma: Tensor) -> Tensor:
+        denoised = denoise(x, sigma)
+        return torch.cat((denoised[:, :, :start], kept, denoised[:, :, start + kept.shape[2] :]), dim=2)
+
+    return predict
