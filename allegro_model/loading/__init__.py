@@ -1,7 +1,13 @@
 """Checkpoints: finding files, recognising them, building models from them."""
 
 from .build import load_dit, load_text_encoder, load_vae
-from .defaults import bundled_interpolator, bundled_loras, bundled_model, bundled_models, load_sampling_defaults
+from .defaults import (
+    bundled_interpolator,
+    bundled_loras,
+    bundled_model,
+    bundled_models,
+    load_sampling_defaults,
+)
 from .describe import describe
 from .detect import CheckpointInfo, identify
 from .dimensions import dit_config_from_shapes, preset_name, t5_config_from_shapes, vae_config_from_shapes
