@@ -27,6 +27,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("comfyui", marked or skipped, scope="session")
 
 
+def checks() -> dict[str, str]:
+    """What runs inside ComfyUI: {name of the check: its file in inside/}."""
+    return {line.split("(")[0].removeprefix("def "): file.stem
+            for file in sorted((HERE / "inside").glob("*checks.py"))
+            for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("def check_")}
+
+
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights."""
@@ -58,11 +65,12 @@ def server(comfyui: Any, base: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def inside(comfyui: Any, base: Path) -> dict[str, str | None]:
-    """Results of tests/comfy/inside/checks.py, run in one process inside ComfyUI: {name: None or traceback}."""
+def inside(request: pytest.FixtureRequest, comfyui: Any, base: Path) -> dict[str, str | None]:
+    """Results of the selected checks, run in one process inside ComfyUI: {name: None or traceback}."""
+    selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     result = base / "inside.json"
     command = [comfyui.python, str(HERE / "inside" / "bootstrap.py"), str(comfyui.path), str(base), str(result),
-               str(HERE / "inside" / "checks.py")]
+               *(f"{file}.{name}" for name, file in checks().items() if name in selected)]
     # Some checks compare with packages of the tests' own environment, which ComfyUI's need not have.
     env = {**client.child_environment(), "REFERENCE_PYTHON": sys.executable}
     done = subprocess.run(command, env=env, cwd=base, capture_output=True, text=True,

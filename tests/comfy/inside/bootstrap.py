@@ -1,9 +1,9 @@
 """Starts ComfyUI's modules without its server, loads this extension, and runs checks; prints nothing.
 
-    python bootstrap.py COMFYUI BASE_DIRECTORY RESULT.json CHECKS.py
+    python bootstrap.py COMFYUI BASE_DIRECTORY RESULT.json FILE.CHECK ...
 
-Each `check_*` function of CHECKS.py is called with a `Host`. RESULT.json: {name: null, the traceback, or "skipped: "
-and the reason}.
+Each CHECK, a function of FILE.py in this folder, is called with a `Host`. RESULT.json: {CHECK: null, the traceback, or
+"skipped: " and the reason}.
 """
 
 import asyncio
@@ -87,24 +87,22 @@ class _Collect(logging.Handler):
         self.lines.append(f"{record.levelname} {record.getMessage()}")
 
 
-def main(comfyui: str, base: str, result: str, checks: str) -> None:
-    spec = importlib.util.spec_from_file_location("checks", checks)
-    module = importlib.util.module_from_spec(spec)
-    names = [line.split("(")[0][4:] for line in Path(checks).read_text().splitlines() if line.startswith("def check_")]
+def main(comfyui: str, base: str, result: str, *checks: str) -> None:
+    names = dict(reversed(check.split(".")) for check in checks)
     found: dict[str, str | None] = {}
     try:
         host = Host(Path(comfyui), Path(base))
         sys.modules["bootstrap"] = sys.modules["__main__"]
-        spec.loader.exec_module(module)
+        modules = {file: importlib.import_module(file) for file in dict.fromkeys(names.values())}
     except BaseException:  # noqa: BLE001 (reported, whatever it is)
         found = dict.fromkeys(names, traceback.format_exc())
         Path(result).write_text(json.dumps(found))
         return
-    for name in names:
+    for name, file in names.items():
         start = time.perf_counter()
         host.log.clear()
         try:
-            getattr(module, name)(host)
+            getattr(modules[file], name)(host)
             found[name] = None
         except Skipped as reason:
             found[name] = f"skipped: {reason}"
@@ -115,4 +113,4 @@ def main(comfyui: str, base: str, result: str, checks: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(*sys.argv[1:])
