@@ -1,5 +1,35 @@
-"""Frame interpolation: the frames between two frames."""
+"""Frame interpolation: the frames between two frames.
 
-from .emavfi import EMAVFI, FLOW_SCALES, FrameFeatures, Prediction
+    model = load_interpolator("ours_small_t.safetensors")
+    images = interpolate_clip(images, EMAInterpolator(model), FrameTimes.between_rates(15, 30))
+"""
 
-__all__ = ["EMAVFI", "FLOW_SCALES", "FrameFeatures", "Prediction"]
+from .emavfi import (
+    EMAVFI,
+    FLOW_SCALES,
+    EMAInterpolator,
+    FrameFeatures,
+    Prediction,
+    best_dtype,
+    pairs_per_batch,
+)
+from .interpolate import Interpolator, interpolate_clip, interpolate_stream
+from .scenes import DEFAULT_THRESHOLD
+from .times import MAX_MULTIPLIER, FrameTimes, is_reached_by_halving
+
+__all__ = [
+    "DEFAULT_THRESHOLD",
+    "EMAVFI",
+    "FLOW_SCALES",
+    "MAX_MULTIPLIER",
+    "EMAInterpolator",
+    "FrameFeatures",
+    "FrameTimes",
+    "Interpolator",
+    "Prediction",
+    "best_dtype",
+    "interpolate_clip",
+    "interpolate_stream",
+    "is_reached_by_halving",
+    "pairs_per_batch",
+]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import VFIConfig
-from ...errors import GeometryError, InterpolationError
+from ...errors import GeometryError, InterpolationError, NonFiniteError
 from ...geometry import centred_padding
 from ...ops import CastParam, cast_like
 from ..halving import by_halving
@@ -53,6 +53,18 @@ class FrameFeatures:
     small: FrameFeatures | None = None
     turned: FrameFeatures | None = None
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @staticmethod
+    def stack(frames: Sequence[FrameFeatures]) -> FrameFeatures:
+        """Features of several frames, of equal size and options, as those of one batch."""
+        if len(frames) == 1:
+            return frames[0]
+        small = [f.small for f in frames if f.small is not None]
+        turned = [f.turned for f in frames if f.turned is not None]
+        first, second, third = (torch.cat(level) for level in zip(*(f.stages.maps for f in frames), strict=True))
+        stages = FrameStages((first, second, third), torch.cat([f.stages.tokens for f in frames]))
+        return FrameFeatures(torch.cat([f.frame for f in frames]), stages, FrameFeatures.stack(small) if small else None,
+                             FrameFeatures.stack(turned) if turned else None, frames[0].padding)
 
 
 class Prediction(NamedTuple):
@@ -208,9 +220,10 @@ class EMAVFI(nn.Module):
             [B, 3, H, W] float32 in [0, 1] each.
         Raises:
             InterpolationError: halving does not reach a position.
+            NonFiniteError: NaN or Inf in the computation.
         """
         def middle(left: FrameFeatures, right: FrameFeatures) -> Tensor:
-            return crop(self.predict(left, right, [0.5])[0].frame, left.padding)
+            return self._finished(self.predict(left, right, [0.5])[0], left)
 
         def again(frame: Tensor) -> FrameFeatures:
             scale = 1.0 if first.small is None else first.small.frame.shape[2] / first.frame.shape[2]
@@ -218,9 +231,18 @@ class EMAVFI(nn.Module):
                                          compute_dtype=first.stages.tokens.dtype)
 
         if self.config.arbitrary_time:
-            return [crop(p.frame, first.padding) for p in self.predict(first, second, positions)]
+            return [self._finished(p, first) for p in self.predict(first, second, positions)]
         numbers = [_single_number(p) if isinstance(p, Tensor) else p for p in positions]
         return by_halving(numbers, first, second, middle=middle, features=again)
+
+    @staticmethod
+    def _finished(found: Prediction, features: FrameFeatures) -> Tensor:
+        # Sigmoid and clamp would hide them.
+        if not bool(torch.isfinite(found.detail).all() & torch.isfinite(found.flow).all()):
+            dtype = str(features.stages.tokens.dtype).removeprefix("torch.")
+            raise NonFiniteError(f"NaN or Inf between two frames, computed in {dtype}. Choose fp32, or check that the file "
+                                 "of weights is intact.")
+        return crop(found.frame, features.padding)
 
     def predict(self, first: FrameFeatures, second: FrameFeatures,
                 positions: Sequence[Tensor | float]) -> list[Prediction]:
