@@ -9,24 +9,69 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from .errors import UnsupportedCheckpoint
 
+Value = TypeVar("Value")
 
-def _first(config: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
-    """Value of the first of `names` that is present and not null."""
-    for name in names:
-        if config.get(name) is not None:
-            return config[name]
-    return default
+
+@dataclass(frozen=True)
+class _Kind(Generic[Value]):
+    """What a config.json may hold under a key.
+
+    Attributes:
+        expected: in words.
+        read: gives the value, or raises any of the errors of a conversion.
+    """
+
+    expected: str
+    read: Callable[[Any], Value]
+
+
+def _whole(value: Any) -> int:
+    if int(value) != value:
+        raise ValueError
+    return int(value)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, list | tuple) else (value, value)
+    return _whole(first), _whole(second)
+
+
+_WHOLE = _Kind("a whole number", _whole)
+_NUMBER = _Kind("a number", float)
+_EDGE = _Kind("a whole number", lambda value: _whole(value[0] if isinstance(value, list | tuple) else value))
+_PAIR = _Kind("two whole numbers", _pair)
+_WHOLE_NUMBERS = _Kind("a list of whole numbers", lambda value: tuple(map(_whole, value)))
+_SWITCHES = _Kind("a list of true and false", lambda value: tuple(bool(_whole(v)) for v in value))
+
+
+def _read(config: Mapping[str, Any], names: Sequence[str], kind: _Kind[Value], default: Value) -> Value:
+    """The first of `names` that is present and not null, else `default`.
+
+    Raises:
+        UnsupportedCheckpoint: a value of another kind.
+    """
+    name = next((name for name in names if config.get(name) is not None), None)
+    if name is None:
+        return default
+    try:
+        return kind.read(config[name])
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        raise _wrong(name, config[name], kind.expected) from error
 
 
 def _require(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
-        raise UnsupportedCheckpoint(f"config: {name}={value!r}, expected {expected}. Check the config.json.")
+        raise _wrong(name, value, expected)
+
+
+def _wrong(name: str, value: object, expected: str) -> UnsupportedCheckpoint:
+    return UnsupportedCheckpoint(f"config: {name}={value!r}, expected {expected}. Check the config.json.")
 
 
 # The DiT
@@ -73,6 +118,7 @@ class DiTConfig:
         for name in ("num_layers", "num_attention_heads", "in_channels", "out_channels", "patch_size",
                      "caption_channels", "sample_size_t"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
+        _require("sample_size", self.sample_size, min(self.sample_size) > 0, "positive integers")
         for axis in "thw":
             scale = getattr(self, f"interpolation_scale_{axis}")
             _require(f"interpolation_scale_{axis}", scale, math.isfinite(scale) and scale > 0, "a positive number")
@@ -92,55 +138,47 @@ class DiTConfig:
             UnsupportedCheckpoint: a value no Allegro checkpoint can have.
         """
         base = DIT_88X720P
-        size = config.get("sample_size")
-        if size is None:
-            size = (config.get("sample_height") or base.sample_size[0],
-                    config.get("sample_width") or base.sample_size[1])
-        elif isinstance(size, int):
-            size = (size, size)
-        sample_size = (int(size[0]), int(size[1]))
-        sample_size_t = int(_first(config, ("sample_size_t", "sample_frames"), base.sample_size_t))
-        patch_size_t = _first(config, ("patch_size_t",), 1)
+        height = _read(config, ("sample_height",), _WHOLE, base.sample_size[0])
+        width = _read(config, ("sample_width",), _WHOLE, base.sample_size[1])
+        sample_size = _read(config, ("sample_size",), _PAIR, (height, width))
+        sample_size_t = _read(config, ("sample_size_t", "sample_frames"), _WHOLE, base.sample_size_t)
+        patch_size_t = _read(config, ("patch_size_t",), _WHOLE, 1)
         _require("patch_size_t", patch_size_t, patch_size_t == 1, "1")
-        scales = dict(zip("thw", _scales(config, sample_size, sample_size_t), strict=True))
-        return cls(
-            num_layers=int(_first(config, ("num_layers",), base.num_layers)),
-            num_attention_heads=int(_first(config, ("num_attention_heads",), base.num_attention_heads)),
-            attention_head_dim=int(_first(config, ("attention_head_dim",), base.attention_head_dim)),
-            in_channels=int(_first(config, ("in_channels",), base.in_channels)),
-            out_channels=int(_first(config, ("out_channels",), base.out_channels)),
-            patch_size=int(_first(config, ("patch_size",), base.patch_size)),
-            caption_channels=int(_first(config, ("caption_channels",), base.caption_channels)),
-            sample_size=sample_size,
-            sample_size_t=sample_size_t,
-            interpolation_scale_t=scales["t"],
-            interpolation_scale_h=scales["h"],
-            interpolation_scale_w=scales["w"],
-            norm_eps=float(_first(config, ("norm_eps",), base.norm_eps)),
-            absolute_position=bool(config.get("absolute_position", False)),
-        )
+        scales = _scales(config, sample_size, sample_size_t)
+        sizes = {name: _read(config, (name,), _WHOLE, getattr(base, name)) for name in (
+            "num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
+            "caption_channels")}
+        return cls(**sizes, **scales, sample_size=sample_size, sample_size_t=sample_size_t,
+                   norm_eps=_read(config, ("norm_eps",), _NUMBER, base.norm_eps),
+                   absolute_position=bool(config.get("absolute_position", False)))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict(to_dict())` is the identity."""
         return {**asdict(self), "sample_size": list(self.sample_size)}
 
 
-def _scales(config: Mapping[str, Any], sample_size: tuple[int, int], frames: int) -> tuple[float, float, float]:
-    """(t, h, w) interpolation scales: the released values when the key is absent, derived when it is null."""
+def _scales(config: Mapping[str, Any], sample_size: tuple[int, int], frames: int) -> dict[str, Any]:
+    """Interpolation scales: the released values when the key is absent, derived when it is null."""
     derived = {
         "interpolation_scale_t": frames / 16 if frames % 2 == 0 else (frames - 1) // 16 + 1,
         "interpolation_scale_h": sample_size[0] / 30,
         "interpolation_scale_w": sample_size[1] / 40,
     }
-    base = DIT_88X720P
-    values = []
-    for name, value in derived.items():
-        given = config.get(name, getattr(base, name))
-        values.append(float(value if given is None else given))
-    return values[0], values[1], values[2]
+    return {name: _read(config, (name,), _NUMBER, float(value if name in config else getattr(DIT_88X720P, name)))
+            for name, value in derived.items()}
 
 
 # The VideoVAE
+
+# Field -> its names in the dialects, ours first.
+VAE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "temporal_down": ("temporal_down", "blocks_tempdown_li", "temporal_downsample_blocks"),
+    "temporal_up": ("temporal_up", "blocks_tempup_li", "temporal_upsample_blocks"),
+    "scale_factor": ("scale_factor", "scaling_factor"),
+    "tile_size": ("tile_size", "sample_size"),
+    "tile_frames": ("tile_frames", "chunk_len"),
+    "overlap_frames": ("overlap_frames", "t_over"),
+}
 
 
 @dataclass(frozen=True)
@@ -176,6 +214,11 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
+        _require("block_out_channels", self.block_out_channels, min(self.block_out_channels, default=0) > 0,
+                 "positive integers")
+        for name in ("layers_per_block", "latent_channels", "norm_num_groups", "temporal_norm_num_groups", "tile_size",
+                     "tile_frames"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "a positive integer")
         for name in ("temporal_down", "temporal_up"):
             _require(name, getattr(self, name), len(getattr(self, name)) == levels, f"{levels} entries")
         _require("scale_factor", self.scale_factor, self.scale_factor > 0, "a positive number")
@@ -196,29 +239,29 @@ class VAEConfig:
 
         `scaling_factor` 0.13, the diffusers class default, is a rounding of the 0.13235 the latents were
         trained with, and is read as such.
+
+        Raises:
+            UnsupportedCheckpoint: a value no VideoVAE can have.
         """
         base = VAE_720P
-        scale = float(_first(config, ("scale_factor", "scaling_factor"), base.scale_factor))
-        overlap = _first(config, ("tile_overlap",), base.tile_overlap)
-        size = _first(config, ("tile_size", "sample_size"), base.tile_size)
+
+        def read(field: str, kind: _Kind[Value]) -> Value:
+            return _read(config, VAE_NAMES.get(field, (field,)), kind, getattr(base, field))
+
+        scale = read("scale_factor", _NUMBER)
         return cls(
-            block_out_channels=tuple(int(c) for c in _first(config, ("block_out_channels",),
-                                                            base.block_out_channels)),
-            layers_per_block=int(_first(config, ("layers_per_block",), base.layers_per_block)),
-            latent_channels=int(_first(config, ("latent_channels",), base.latent_channels)),
-            norm_num_groups=int(_first(config, ("norm_num_groups",), base.norm_num_groups)),
-            temporal_norm_num_groups=int(_first(config, ("temporal_norm_num_groups",),
-                                                base.temporal_norm_num_groups)),
-            temporal_down=tuple(bool(b) for b in _first(
-                config, ("temporal_down", "blocks_tempdown_li", "temporal_downsample_blocks"),
-                base.temporal_down)),
-            temporal_up=tuple(bool(b) for b in _first(
-                config, ("temporal_up", "blocks_tempup_li", "temporal_upsample_blocks"), base.temporal_up)),
+            block_out_channels=read("block_out_channels", _WHOLE_NUMBERS),
+            layers_per_block=read("layers_per_block", _WHOLE),
+            latent_channels=read("latent_channels", _WHOLE),
+            norm_num_groups=read("norm_num_groups", _WHOLE),
+            temporal_norm_num_groups=read("temporal_norm_num_groups", _WHOLE),
+            temporal_down=read("temporal_down", _SWITCHES),
+            temporal_up=read("temporal_up", _SWITCHES),
             scale_factor=base.scale_factor if scale == 0.13 else scale,
-            tile_size=int(size if isinstance(size, int) else size[0]),
-            tile_overlap=(int(overlap[0]), int(overlap[1])),
-            tile_frames=int(_first(config, ("tile_frames", "chunk_len"), base.tile_frames)),
-            overlap_frames=int(_first(config, ("overlap_frames", "t_over"), base.overlap_frames)),
+            tile_size=read("tile_size", _EDGE),
+            tile_overlap=read("tile_overlap", _PAIR),
+            tile_frames=read("tile_frames", _WHOLE),
+            overlap_frames=read("overlap_frames", _WHOLE),
         )
 
     def to_dict(self) -> dict[str, Any]:

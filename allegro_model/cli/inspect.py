@@ -82,6 +82,8 @@ def _lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     indent += "  "
     if "error" in facts:
         yield f"{indent}cannot be read: {facts['error']}"
+    if "config_error" in facts:
+        yield f"{indent}cannot be used: {facts['config_error']}"
     if facts.get("parameters"):
         yield f"{indent}{facts['parameters']:,} parameters in {', '.join(facts['dtypes'])}"
     if facts.get("bytes") is not None:

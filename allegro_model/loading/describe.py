@@ -20,10 +20,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     Returns:
         JSON-able. Of a checkpoint: path, family, variant, title, dtypes, parameters, bytes, tensors, files,
         metadata, config (None where there is none), parts (of a bundle); of a transformer with a config also
-        preset and trained_size ({"num_frames", "height", "width"}). Of a snapshot: path, family "snapshot",
-        title, bytes, sampling (its "allegro_sampling" or None) and components {name: description}; one that another
-        model's folder lends has shared_from, the name of that folder; one that cannot be read has a single
-        entry, "error".
+        preset and trained_size ({"num_frames", "height", "width"}), or config_error if the config is not that of
+        the weights. Of a snapshot: path, family "snapshot", title, bytes, sampling (its "allegro_sampling" or None)
+        and components {name: description}; one that another model's folder lends has shared_from, the name of that
+        folder; one that cannot be read has a single entry, "error".
     Raises:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as `files.read_header`.
     """
@@ -62,9 +62,12 @@ def _trained_size(header: Header, info: CheckpointInfo) -> dict[str, Any]:
     if info.family != "allegro-dit" or header.config is None:
         return {}
     names = keymaps.native_names(keymaps.split_prefixes(header.shapes)[info.prefix], info.family)
-    config = dit_config_from_shapes(
-        {ours: header.shapes[name] for ours, name in names.items()}, header.config
-    )
+    try:
+        config = dit_config_from_shapes(
+            {ours: header.shapes[name] for ours, name in names.items()}, header.config
+        )
+    except CheckpointError as error:  # all else about the file is true nevertheless
+        return {"config_error": str(error)}
     height, width = config.sample_size
     # 8 pixels and 4 frames per latent cell
     return {

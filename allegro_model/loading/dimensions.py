@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..config import PRESETS, DiTConfig, VAEConfig
+from ..config import PRESETS, VAE_NAMES, DiTConfig, VAEConfig
 from ..errors import CheckpointMismatch, UnsupportedCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def dit_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = No
         )
     stated = dict(config or {})
     _refuse_contradictions(stated, found)
-    return _from_dict(DiTConfig, stated | found | _heads(stated, width))
+    return DiTConfig.from_dict(stated | found | _heads(stated, width))
 
 
 def _heads(stated: Mapping[str, Any], width: int | None) -> dict[str, int]:
@@ -109,12 +109,12 @@ def vae_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = No
     """
     found = _encoder_sizes(shapes) | _decoder_sizes(shapes)
     stated = dict(config or {})
-    for ours, names in _VAE_ALIASES.items():
+    for ours, names in VAE_NAMES.items():
         value = next((stated[name] for name in names if stated.get(name) is not None), None)
         if value is not None:
             stated[ours] = value
     _refuse_contradictions(stated, found)
-    result = _from_dict(VAEConfig, _other_half(found) | stated | found)
+    result = VAEConfig.from_dict(_other_half(found) | stated | found)
     for groups in {result.norm_num_groups, result.temporal_norm_num_groups}:
         if groups < 1 or any(c % groups for c in result.block_out_channels):
             raise UnsupportedCheckpoint(
@@ -122,12 +122,6 @@ def vae_config_from_shapes(shapes: Shapes, config: Mapping[str, Any] | None = No
                 "groups. Put the config.json of this VAE beside its weights."
             )
     return result
-
-
-_VAE_ALIASES = {
-    "temporal_down": ("temporal_down", "blocks_tempdown_li", "temporal_downsample_blocks"),
-    "temporal_up": ("temporal_up", "blocks_tempup_li", "temporal_upsample_blocks"),
-}
 
 
 def _encoder_sizes(shapes: Shapes) -> dict[str, Any]:
@@ -281,12 +275,3 @@ def _refuse_contradictions(stated: Mapping[str, Any], found: Mapping[str, Any]) 
             "weights and config contradict each other: " + "; ".join(wrong) + ". The file is "
             "incomplete, or the config.json belongs to another model; download both again."
         )
-
-
-def _from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
-    try:
-        return kind.from_dict(values)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise UnsupportedCheckpoint(
-            f"the config.json of this model cannot be understood ({error}). Download it again."
-        ) from error

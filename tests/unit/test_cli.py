@@ -230,6 +230,21 @@ def test_inspect(allegro: Run, model: str) -> None:
     assert json.loads(out)["file"]["made_with"]["prompt"] == PROMPT
 
 
+def test_inspect_shows_what_the_file_is_though_its_config_is_another(allegro: Run, model: str) -> None:
+    """Wrong width, then a malformed entry: the file is described, the config is blamed."""
+    shutil.copytree(model, "mixed")
+    config = Path("mixed/transformer/config.json")
+    known = json.loads(config.read_text())
+    for change, words in (({"num_layers": 7}, "num_layers is 2 in the tensors and 7 in the config"),
+                          ({"sample_size": [4]}, "sample_size=[4], expected two whole numbers")):
+        config.write_text(json.dumps(known | change))
+        for path in ("mixed", "mixed/transformer"):
+            code, out, _ = allegro("inspect", path)
+            assert code == 0
+            assert re.search(f"cannot be used: .*{re.escape(words)}", out)
+            assert "parameters in" in out
+
+
 def test_inspect_shows_a_broken_part(allegro: Run, model: str) -> None:
     shutil.copytree(model, "broken")
     Path("broken/vae/diffusion_pytorch_model.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))

@@ -66,6 +66,32 @@ def test_impossible_configs_are_refused(config):
         DiTConfig.from_dict(config)
 
 
+@pytest.mark.parametrize(("kind", "key", "value", "expected"), [
+    (DiTConfig, "sample_size", [90], "two whole numbers"),
+    (DiTConfig, "sample_size", [], "two whole numbers"),
+    (DiTConfig, "sample_size", "large", "two whole numbers"),
+    (DiTConfig, "sample_size", [90, 0], "positive integers"),
+    (DiTConfig, "sample_height", {"a": 1}, "a whole number"),
+    (DiTConfig, "sample_frames", 22.5, "a whole number"),
+    (DiTConfig, "num_layers", "many", "a whole number"),
+    (DiTConfig, "num_layers", float("inf"), "a whole number"),
+    (DiTConfig, "norm_eps", [1], "a number"),
+    (DiTConfig, "interpolation_scale_t", "wide", "a number"),
+    (VAEConfig, "block_out_channels", 128, "a list of whole numbers"),
+    (VAEConfig, "block_out_channels", [], "positive integers"),
+    (VAEConfig, "blocks_tempdown_li", ["yes"], "a list of true and false"),
+    (VAEConfig, "temporal_up", [True], "4 entries"),
+    (VAEConfig, "tile_overlap", [120], "two whole numbers"),
+    (VAEConfig, "sample_size", [], "a whole number"),
+    (VAEConfig, "chunk_len", 0, "a positive integer"),
+    (VAEConfig, "scaling_factor", "small", "a number"),
+])
+def test_malformed_values_are_named(kind, key, value, expected):
+    name = "tile_frames" if key == "chunk_len" else key  # its kind was right
+    with pytest.raises(UnsupportedCheckpoint, match=f"{name}=.*expected {expected}"):
+        kind.from_dict({key: value})
+
+
 @pytest.mark.parametrize("preset", PRESETS.values())
 def test_presets_are_legal_and_consistent(preset):
     shape = latent_shape(preset.sampling.width, preset.sampling.height, preset.sampling.num_frames)
