@@ -47,6 +47,8 @@ _NUMBER = _Kind("a number", float)
 _EDGE = _Kind("a whole number", lambda value: _whole(value[0] if isinstance(value, list | tuple) else value))
 _PAIR = _Kind("two whole numbers", _pair)
 _WHOLE_NUMBERS = _Kind("a list of whole numbers", lambda value: tuple(map(_whole, value)))
+_NUMBERS = _Kind("a list of numbers", lambda value: tuple(map(float, value)))
+_ROWS = _Kind("rows of numbers", lambda value: tuple(tuple(map(float, row)) for row in value))
 _SWITCHES = _Kind("a list of true and false", lambda value: tuple(bool(_whole(v)) for v in value))
 
 
@@ -197,6 +199,8 @@ class VAEConfig:
         tile_size: edge of a square tile, pixels.
         tile_overlap: (height, width) overlap of neighbouring tiles, pixels.
         tile_frames, overlap_frames: the same along time, frames.
+        latent_rgb_factors, latent_rgb_factors_bias: colours in [-1, 1] = normalised latents @ factors [C, 3] + bias
+            [3], for previews; empty where nobody has fitted them.
     """
 
     block_out_channels: tuple[int, ...]
@@ -211,6 +215,8 @@ class VAEConfig:
     tile_overlap: tuple[int, int]
     tile_frames: int
     overlap_frames: int
+    latent_rgb_factors: tuple[tuple[float, ...], ...] = ()
+    latent_rgb_factors_bias: tuple[float, ...] = (0.0, 0.0, 0.0)
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -222,6 +228,10 @@ class VAEConfig:
         for name in ("temporal_down", "temporal_up"):
             _require(name, getattr(self, name), len(getattr(self, name)) == levels, f"{levels} entries")
         _require("scale_factor", self.scale_factor, self.scale_factor > 0, "a positive number")
+        factors, bias = self.latent_rgb_factors, self.latent_rgb_factors_bias
+        _require("latent_rgb_factors", factors, not factors or [len(row) for row in factors] == [3] * self.latent_channels,
+                 f"{self.latent_channels} rows of 3 numbers")
+        _require("latent_rgb_factors_bias", bias, len(bias) == 3, "3 numbers")
 
     @property
     def spatial_factor(self) -> int:
@@ -262,6 +272,8 @@ class VAEConfig:
             tile_overlap=read("tile_overlap", _PAIR),
             tile_frames=read("tile_frames", _WHOLE),
             overlap_frames=read("overlap_frames", _WHOLE),
+            latent_rgb_factors=read("latent_rgb_factors", _ROWS),
+            latent_rgb_factors_bias=read("latent_rgb_factors_bias", _NUMBERS),
         )
 
     def to_dict(self) -> dict[str, Any]:

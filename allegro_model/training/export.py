@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import SamplingConfig
 from .latents import load_latents
+from .preview import add_preview
 from .recipe import SAMPLING, TINY_DIT, TINY_TEXT, TINY_VAE
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -65,6 +66,7 @@ def export(work: Path, target: Path, sampling: SamplingConfig = SAMPLING) -> int
         (target / "tokenizer").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / "tokenizer" / source.name)
     _write_configs(target, latent_scale(work), text["shared.weight"].shape[0], sampling)
+    add_preview(target)
     return sum((target / name).stat().st_size for name in parts)
 
 

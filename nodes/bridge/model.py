@@ -165,9 +165,17 @@ class AllegroLatentFormat(comfy.latent_formats.LatentFormat):
     latent_dimensions = 3
     spacial_downscale_ratio = 8
     temporal_downscale_ratio = 4
-    # Brightness from the mean of the channels: enough to watch a clip form.
+    # Brightness from the mean of the channels: enough to watch a clip form. For the released VAE nobody has published
+    # fitted colours, and fitting takes its weights (allegro_model.training.preview); a config.json can bring them.
     latent_rgb_factors = [[0.18, 0.18, 0.18]] * 4
     latent_rgb_factors_bias = [0.0, 0.0, 0.0]  # noqa: RUF012
+
+    def __init__(self, vae: VAEConfig = VAE_720P) -> None:
+        super().__init__()
+        self.scale_factor = vae.scale_factor
+        if vae.latent_rgb_factors:
+            self.latent_rgb_factors = [list(row) for row in vae.latent_rgb_factors]
+            self.latent_rgb_factors_bias = list(vae.latent_rgb_factors_bias)
 
 
 class AllegroModelConfig(comfy.supported_models_base.BASE):
@@ -175,7 +183,7 @@ class AllegroModelConfig(comfy.supported_models_base.BASE):
 
     Args:
         config: of the transformer.
-        scale_factor: of the VAE it was trained with.
+        vae: of the VAE it was trained with.
         small: the whole model is small: compute in float32, as the command line does.
     """
 
@@ -185,9 +193,9 @@ class AllegroModelConfig(comfy.supported_models_base.BASE):
     sampling_settings = SAMPLING_SETTINGS
     supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
 
-    def __init__(self, config: DiTConfig, scale_factor: float, *, small: bool = False) -> None:
+    def __init__(self, config: DiTConfig, vae: VAEConfig, *, small: bool = False) -> None:
         super().__init__({"config": config})
-        self.latent_format.scale_factor = scale_factor
+        self.latent_format = AllegroLatentFormat(vae)
         # ComfyUI's own models with this patch size use width / 2000.
         self.memory_usage_factor = config.width / 2000
         if small:
@@ -239,7 +247,7 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
     expected = {name: tuple(p.shape) for name, p in AllegroDiT(config, device="meta").state_dict().items()}
     check_tensors(expected, source.shapes, what=f"{path}, {source.info.title},")
     parameters = source.info.num_parameters
-    model_config = AllegroModelConfig(config, vae_scale_factor(path), small=parameters < SMALL_MODEL_PARAMETERS)
+    model_config = AllegroModelConfig(config, vae_config_of(path), small=parameters < SMALL_MODEL_PARAMETERS)
     quantised = _choose_dtypes(model_config, weights, parameters, weight_dtype)
     model = model_config.get_model(weights)
     patcher = patcher_class(disable_dynamic)(model, load_device=comfy.model_management.get_torch_device(),
@@ -274,10 +282,8 @@ def _choose_dtypes(model_config: AllegroModelConfig, weights: dict[str, Tensor],
     return bool(quantised)
 
 
-def vae_scale_factor(path: str) -> float:
-    """The latent scale of the VAE that belongs to a transformer; the released one where none lies beside it."""
+def vae_config_of(path: str) -> VAEConfig:
+    """The VAE that belongs to a transformer; the released one where none lies beside it."""
     root = snapshot_root(path)
     config = root / "vae" / "config.json" if root is not None else None
-    if config is None or not config.is_file():
-        return VAE_720P.scale_factor
-    return VAEConfig.from_dict(read_json(config)).scale_factor
+    return VAE_720P if config is None or not config.is_file() else VAEConfig.from_dict(read_json(config))

@@ -1,5 +1,6 @@
 """Both dialects of config.json, the presets, and the rules about sizes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,8 @@ def test_configs_survive_a_round_trip(preset):
     assert DiTConfig.from_dict(preset.dit.to_dict()) == preset.dit
     assert VAEConfig.from_dict(preset.vae.to_dict()) == preset.vae
     assert SamplingConfig.from_dict(preset.sampling.to_dict()) == preset.sampling
+    coloured = replace(preset.vae, latent_rgb_factors=((0.1, 0.2, 0.3),) * 4, latent_rgb_factors_bias=(1.0, 0.0, -1.0))
+    assert VAEConfig.from_dict(json.loads(json.dumps(coloured.to_dict()))) == coloured
     tiny = replace(preset.dit, absolute_position=True)
     assert DiTConfig.from_dict(tiny.to_dict()) == tiny
 
@@ -85,6 +88,9 @@ def test_impossible_configs_are_refused(config):
     (VAEConfig, "sample_size", [], "a whole number"),
     (VAEConfig, "chunk_len", 0, "a positive integer"),
     (VAEConfig, "scaling_factor", "small", "a number"),
+    (VAEConfig, "latent_rgb_factors", [[0.1, 0.2, 0.3]], "4 rows of 3 numbers"),
+    (VAEConfig, "latent_rgb_factors", [1, 2], "rows of numbers"),
+    (VAEConfig, "latent_rgb_factors_bias", [1], "3 numbers"),
 ])
 def test_malformed_values_are_named(kind, key, value, expected):
     name = "tile_frames" if key == "chunk_len" else key  # its kind was right

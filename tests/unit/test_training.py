@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from allegro_model.dit import AllegroDiT
+from allegro_model.loading import load_vae
+from allegro_model.loading.defaults import bundled_model
 from allegro_model.sampling.schedule import alphas_cumprod
 from allegro_model.text import clean_caption
 from allegro_model.training import losses
@@ -24,6 +26,7 @@ from allegro_model.training.evaluate import evaluation_cases
 from allegro_model.training.initialise import initialise_dit, initialise_vae
 from allegro_model.training.loop import Loop, LoopSettings, step_generator
 from allegro_model.training.palette import combinations
+from allegro_model.training.preview import cells, fit_colours
 from allegro_model.training.recipe import TINY_DIT, TINY_VAE
 from allegro_model.training.scenes import Canvas
 from allegro_model.training.tokenizer import save_tokenizer
@@ -310,6 +313,23 @@ def _environment() -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def test_colours_are_fitted_by_least_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors, bias = torch.randn((4, 3), generator=generator), torch.tensor([0.1, -0.2, 0.3])
+    latents = torch.randn((50, 4), generator=generator)
+    found, found_bias = fit_colours(latents, latents @ factors + bias)
+    assert torch.allclose(found.float(), factors, atol=1e-5)
+    assert torch.allclose(found_bias.float(), bias, atol=1e-5)
+
+
+def test_previews_of_the_bundled_model_show_clips_it_was_not_fitted_to() -> None:
+    vae = load_vae(bundled_model("tiny"))
+    latents, colours = cells(vae, range(950_000, 950_003))
+    shown = latents @ torch.tensor(vae.config.latent_rgb_factors) + torch.tensor(vae.config.latent_rgb_factors_bias)
+    unexplained = (shown - colours).square().mean(0) / colours.var(0)
+    assert float(unexplained.max()) < 0.06
 
 
 @pytest.mark.slow

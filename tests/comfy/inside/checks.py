@@ -199,7 +199,8 @@ def check_vae_equals_the_package(h: Host) -> None:
 
 
 def check_scale_factor_is_the_models_own(h: Host) -> None:
-    scale = h.module("nodes.bridge.model").vae_scale_factor
+    of = h.module("nodes.bridge.model").vae_config_of
+    scale = lambda path: of(path).scale_factor  # noqa: E731
     assert scale(str(h.base / "models" / "allegro" / "tiny-random" / "transformer")) == 0.13235
     root = h.base / "other"
     for part in ("transformer", "vae"):
@@ -856,12 +857,26 @@ def check_models_are_let_go(h: Host) -> None:
     assert watched() is None, "something keeps the model alive"
 
 
-def check_previews_have_three_colours(h: Host) -> None:
-    preview = sys.modules["latent_preview"]
-    form = parts(h)[0].model.latent_format
-    previewer = preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias)
-    image = previewer.decode_latent_to_preview(torch.randn((1, 4, 6, 8, 12)))
-    assert image.size == (12, 8)
+def check_previews_have_the_colours_of_the_clip(h: Host) -> None:
+    """The bundled VAE brings fitted colours; without such a VAE beside it a transformer's previews are grey."""
+    bundled = "allegro-tiny (bundled)"
+    vae = h.run("LoadAllegroVAE", vae_name=bundled, dtype="default")
+    for colour in ((0.9, 0.1, 0.1), (0.1, 0.8, 0.2), (0.1, 0.2, 0.9), (0.95, 0.95, 0.95), (0.05, 0.05, 0.05)):
+        clip = torch.tensor(colour).expand(8, 64, 96, 3)
+        latents = h.run("AllegroVideoVAEEncode", pixels=clip, vae=vae, **TILES)["samples"]
+        image = preview(model(h, bundled), latents)
+        assert image.size == (12, 8)
+        shown = torch.tensor(list(image.getdata())).float().mean(0) / 255
+        assert (shown - torch.tensor(colour)).abs().max() < 0.15, (colour, shown)
+    reds, greens, blues = zip(*preview(parts(h)[0], torch.randn((1, 4, 6, 8, 12))).getdata(), strict=True)
+    assert reds == greens == blues
+
+
+def preview(dit: Any, latents: Tensor) -> Any:
+    """ComfyUI's preview of raw latents."""
+    form = dit.model.latent_format
+    previewer = sys.modules["latent_preview"].Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias)
+    return previewer.decode_latent_to_preview(dit.model.process_latent_in(latents))
 
 
 def check_wrong_width_of_the_vae_node(h: Host) -> None:
