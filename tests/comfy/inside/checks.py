@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import comfy.utils
 import packed
 import psutil
@@ -603,6 +605,40 @@ def check_core_vae_nodes(h: Host) -> None:
     assert again["samples"].shape == encoded.shape
     single = call(nodes["VAEEncode"], pixels=clip[:1, :60, :90], vae=vae)["samples"]
     assert single.shape == (1, 4, 1, 7, 11)
+
+
+def check_core_tiles_reach_the_axes_they_are_meant_for(h: Host) -> None:
+    """Unequal sizes along every axis, through ComfyUI's methods as they are declared and through its nodes."""
+    vae, nodes, seen = parts(h)[2], h.core.NODE_CLASS_MAPPINGS, []
+    latents, images = torch.zeros((1, 4, 6, 20, 30)), torch.zeros((24, 160, 240, 3))
+    original = type(vae)
+
+    class Watched(original):
+        def decode_with(self, samples: Tensor, tiling: Any) -> Tensor:
+            seen.append(tiling)
+            return images
+
+        def encode_with(self, pixels: Tensor, tiling: Any) -> Tensor:
+            seen.append(tiling)
+            return latents
+
+    names = list(inspect.signature(comfy.sd.VAE.decode_tiled).parameters)[2:]
+    assert names == list(inspect.signature(comfy.sd.VAE.encode_tiled).parameters)[2:]
+    cells = {"tile_x": 10, "tile_y": 6, "overlap": 2, "tile_t": 4, "overlap_t": 1}
+    pixels = {"tile_x": 80, "tile_y": 48, "overlap": 16, "tile_t": 16, "overlap_t": 4}
+    vae.__class__ = Watched
+    try:
+        vae.decode_tiled(latents, **cells)
+        vae.encode_tiled(images, **pixels)
+        vae.decode_tiled(latents, *(cells[name] for name in names))
+        vae.encode_tiled(images, *(pixels[name] for name in names))
+        sizes = {"tile_size": 128, "overlap": 32, "temporal_size": 12, "temporal_overlap": 4}
+        call(nodes["VAEDecodeTiled"], samples={"samples": latents}, vae=vae, **sizes)
+        call(nodes["VAEEncodeTiled"], pixels=images, vae=vae, **sizes)
+    finally:
+        vae.__class__ = original
+    axes = [(t.tile_frames, t.tile_height, t.tile_width, t.overlap_frames, t.overlap_height, t.overlap_width) for t in seen]
+    assert axes == [(16, 48, 80, 4, 16, 16)] * 4 + [(12, 128, 128, 4, 32, 32)] * 2, axes
 
 
 def check_tile_settings_change_only_the_tiles(h: Host) -> None:
