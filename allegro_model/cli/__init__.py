@@ -16,8 +16,10 @@ from types import FrameType
 from ..errors import AllegroError
 from .console import Console
 from .convert import decode, encode
+from .convert_vfi import convert_vfi
 from .generate import generate
 from .inspect import inspect
+from .interpolate import interpolate
 from .job import Job
 from .parser import parse_arguments
 from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code, is_out_of_memory
@@ -26,7 +28,8 @@ __all__ = ["main"]
 
 _PACKAGE = __name__.split(".")[0]
 _COMMANDS: dict[str, Callable[[Job], None]] = {
-    "generate": generate, "decode": decode, "encode": encode, "inspect": inspect,
+    "generate": generate, "decode": decode, "encode": encode, "interpolate": interpolate,
+    "convert-vfi": convert_vfi, "inspect": inspect,
 }
 
 
@@ -75,8 +78,9 @@ def _explain(job: Job, error: BaseException, code: int) -> None:
     if code == EXIT_CANCELLED:
         job.console.error(f"Cancelled during: {job.report.stage}.")
     elif is_out_of_memory(error):
-        job.console.error(f"Error: memory ran out during: {job.report.stage}. Try, in this order: a smaller "
-                          "--tile; fewer --frames; a smaller --width and --height; closing other programs.")
+        remedy = ("--dtype bf16; a smaller video; closing other programs" if job.args.command == "interpolate" else
+                  "a smaller --tile; fewer --frames; a smaller --width and --height; closing other programs")
+        job.console.error(f"Error: memory ran out during: {job.report.stage}. Try, in this order: {remedy}.")
     elif isinstance(error, AllegroError):
         job.console.error(f"Error: {error}")
     else:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 from ..attention import best_attention
 from ..latents import pack_latents, pack_state
+from ..media import check_fps
 from ..pipeline import PromptEmbeds, SampleState
 from ..sampling import StepInfo
+from ..vfi import FrameTimes
 from .console import size
-from .job import Job, keep_latents, lora_options, model_name, write_bytes, write_clip
+from .interpolate import Smoothing, open_smoothing
+from .job import Job, check_clip_space, keep_latents, lora_options, model_name, write_bytes, write_clip
 from .plan import Plan, make_plan
+from .report import UsageError
 
 
 def generate(job: Job) -> None:
@@ -23,6 +27,7 @@ def generate(job: Job) -> None:
         AllegroError: see the exit codes.
     """
     plan = make_plan(job)
+    smoothing = smoothing_of(job, plan)
     job.report.facts["settings"] = plan.metadata
     state = plan.state
     if state is None or not state.finished:
@@ -37,11 +42,36 @@ def generate(job: Job) -> None:
             write_bytes(plan.latents, pack_latents(latents, plan.metadata), force=job.force)
             job.report.facts["latents"] = str(plan.latents)
         assert plan.output is not None
-        write_clip(job, plan.pipeline, latents, plan.output, fps=plan.fps, metadata=plan.metadata)
+        if smoothing is None:
+            write_clip(job, plan.pipeline, latents, plan.output, fps=plan.fps, metadata=plan.metadata)
+        else:
+            fps = smoothing.times.output_fps(plan.fps)
+            metadata = {**plan.metadata, "fps": fps, "interpolation": smoothing.settings}
+            write_clip(job, plan.pipeline, latents, plan.output, fps=fps, metadata=metadata, through=smoothing.stream)
     except BaseException:  # whatever it is, hours of sampling must not be lost
         _rescue(job, plan, state)
         raise
     job.console.say(_summary(job))
+
+
+def smoothing_of(job: Job, plan: Plan) -> Smoothing | None:
+    """What --interpolate asks for, loaded before the long work begins; None without it or without a clip.
+
+    Raises:
+        AllegroError: as `open_smoothing`, or there is no room for the clip.
+    """
+    args = job.args
+    if args.interpolate is None:
+        if args.interpolator is not None:
+            raise UsageError("--interpolator needs to know how many frames to make: add --interpolate 2.")
+        return None
+    times = FrameTimes.multiplied(args.interpolate, hold_last=True)
+    check_fps(times.output_fps(plan.fps))
+    if plan.output is None:
+        return None
+    s = plan.settings
+    check_clip_space(plan.output, s.width, s.height, times.count(s.num_frames))
+    return open_smoothing(job, times, s.width, s.height)
 
 
 # The stages
@@ -140,13 +170,22 @@ def _pack(plan: Plan, state: SampleState) -> tuple[bytes, bool]:
 
 def _how_to_resume(job: Job, plan: Plan, state: SampleState, path: Path) -> str:
     return (f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro generate --resume "
-            f"{shlex.quote(str(path))}{_output_and_model(job, plan)}{lora_options(job.args.lora)}")
+            f"{shlex.quote(str(path))}{_output_and_model(job, plan)}{lora_options(job.args.lora)}"
+            f"{_interpolate_options(job)}")
 
 
 def _output_and_model(job: Job, plan: Plan) -> str:
     """The end of a command line that goes on with this run."""
     model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
     return f" -o {shlex.quote(str(plan.output or 'clip.mp4'))}{model}"
+
+
+def _interpolate_options(job: Job) -> str:
+    """As they are written on a command line, each with a space in front."""
+    if job.args.interpolate is None:
+        return ""
+    model = f" --interpolator {shlex.quote(job.args.interpolator)}" if job.args.interpolator else ""
+    return f" --interpolate {job.args.interpolate}{model}"
 
 
 def _summary(job: Job) -> str:

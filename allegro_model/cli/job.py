@@ -300,9 +300,13 @@ def write_bytes(path: Path, data: bytes, *, force: bool) -> None:
 
 
 def write_clip(job: Job, pipeline: AllegroPipeline, latents: Tensor, path: Path, *, fps: float,
-               metadata: Mapping[str, Any]) -> None:
+               metadata: Mapping[str, Any], through: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> None:
     """Decodes raw latents [1, 4, t, h, w] straight into a clip.
 
+    Args:
+        fps: frames per second of the clip.
+        metadata: kept in it.
+        through: what the frames, [3, n, H, W] a few at a time, go through on their way.
     Raises:
         OutputError: the clip cannot be written.
         NonFiniteError: NaN or Inf in the frames.
@@ -311,8 +315,8 @@ def write_clip(job: Job, pipeline: AllegroPipeline, latents: Tensor, path: Path,
     with (job.report.measure("decoding", pipeline.device), job.console.progress("Decoding", "tile") as bar,
           open_writer(path, width, height, fps=fps, metadata=metadata, quality=job.args.quality,
                       force=job.force) as writer):
-        for frames in pipeline.decode_stream(latents, progress=bar.update):
-            writer.write(frames[0])
+        for frames in through(frames[0] for frames in pipeline.decode_stream(latents, progress=bar.update)):
+            writer.write(frames)
     job.report.facts["output"] = [str(file) for file in writer.files]
     job.report.facts["frames"] = writer.num_frames
     last = f" ... {writer.files[-1].name}" if len(writer.files) > 1 else ""

@@ -12,6 +12,7 @@ from .. import __version__
 from ..media import FORMATS, QUALITIES
 from ..pipeline import DTYPES
 from ..sampling import SAMPLERS
+from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
 from .report import EXIT_USAGE, exit_code_table
 
 _MAIN = """\
@@ -60,6 +61,22 @@ examples:
   allegro encode street.mp4 -o street.safetensors
   allegro encode street.mp4 -o street.safetensors --width 640 --height 368 --frames 40
 """
+_INTERPOLATE = """\
+Make the motion of a video smoother: new frames between its own, which stay as they are. Sound is kept. Where the
+scene changes nothing is blended. The default model is the small one that comes with the program.
+
+examples:
+  allegro interpolate clip.mp4 -o smooth.mp4 --factor 2
+  allegro interpolate clip.mp4 -o smooth.mp4 --fps 60 --model ours_small_t.safetensors
+  allegro interpolate large.mp4 -o smooth.mp4 --factor 2 --model ours.safetensors --flow-scale 0.5
+"""
+_CONVERT_VFI = """\
+Make a safetensors file of a published EMA-VFI checkpoint (ours.pkl, ours_small.pkl, ours_t.pkl, ours_small_t.pkl).
+Nothing in the pickle is run.
+
+examples:
+  allegro convert-vfi ours_small_t.pkl ours_small_t.safetensors
+"""
 _INSPECT = """\
 Say what a file is, without loading it: weights (family, variant, type, size), a model folder, latents, or a
 clip and the settings it was made with.
@@ -87,6 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_decode(commands)
     _add_encode(commands)
+    _add_interpolate(commands)
+    _add_convert_vfi(commands)
     inspect = _command(commands, "inspect", "say what a file is", _INSPECT)
     inspect.add_argument("path", metavar="PATH", help="a file or a model folder")
     _add_report(inspect)
@@ -157,6 +176,11 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--stop-at-step", type=int, metavar="K",
                        help="stop after step K and save the run to --save-latents")
     group.add_argument("--resume", metavar="FILE", help="go on with a saved run; takes no PROMPT or settings")
+    group = parser.add_argument_group("smoother motion")
+    group.add_argument("--interpolate", type=int, metavar="N",
+                       help="so many frames for each, 2 to 64, at N times the rate; see allegro interpolate")
+    group.add_argument("--interpolator", metavar="FILE",
+                       help="the model for it (.safetensors); default the bundled small one")
     _add_model(parser)
     _add_tiles(parser)
     _add_report(parser)
@@ -187,11 +211,44 @@ def _add_encode(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_report(parser)
 
 
-def _add_clip(parser: _Parser) -> None:
+def _add_interpolate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(commands, "interpolate", "make the motion of a video smoother", _INTERPOLATE)
+    parser.add_argument("clip", metavar="CLIP", help="a video file")
+    _add_clip(parser, fps="in place of --factor: frames per second, e.g. 24, 30 or 60")
+    group = parser.add_argument_group("what to make")
+    group.add_argument("--factor", type=int, metavar="N", help="so many frames for each, 2 to 64")
+    group.add_argument("--hold-last", action=argparse.BooleanOptionalAction, default=True,
+                       help="show the last frame as long as the others, which keeps the duration: N x factor frames; "
+                            "else (N - 1) x factor + 1 (default: held)")
+    group.add_argument("--scene-threshold", type=float, metavar="X", default=DEFAULT_THRESHOLD,
+                       help="frames with less in common than this, 0 to 1, are a cut, where the nearer one is held; "
+                            f"0 blends everything (default {DEFAULT_THRESHOLD:g})")
+    group.add_argument("--flow-scale", type=float, metavar="X", default=1.0, choices=FLOW_SCALES,
+                       help="look for motion at this share of the size: 1, 0.5 for 2K, 0.25 for 4K (default 1)")
+    group.add_argument("--tta", action="store_true", help="slightly better, in twice the time")
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--model", metavar="FILE", help="an EMA-VFI model (.safetensors); default the bundled small one")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default auto)")
+    group.add_argument("--dtype", default="auto", choices=list(DTYPES),
+                       help="type to compute in (default auto: the fastest that does not show)")
+    _add_report(parser)
+
+
+def _add_convert_vfi(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(commands, "convert-vfi", "make safetensors of an EMA-VFI checkpoint", _CONVERT_VFI)
+    parser.add_argument("checkpoint", metavar="IN.pkl", help="the published file")
+    parser.add_argument("output", metavar="OUT.safetensors", help="the file to write")
+    parser.add_argument("--arbitrary-time", action=argparse.BooleanOptionalAction, default=None,
+                        help="trained for every position between two frames; default: if the name ends in _t")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    _add_report(parser)
+
+
+def _add_clip(parser: _Parser, *, fps: str = "frames per second") -> None:
     group = parser.add_argument_group("the file to write")
     group.add_argument("-o", "--output", metavar="FILE",
                        help=f"the video; {', '.join(FORMATS)} (numbered pictures)")
-    group.add_argument("--fps", type=float, metavar="X", help="frames per second")
+    group.add_argument("--fps", type=float, metavar="X", help=fps)
     group.add_argument("--quality", default="high", metavar="Q",
                        help=f"{' or '.join(QUALITIES)}, or a rate factor such as 18 (default high)")
     group.add_argument("--force", action="store_true", help="replace existing files")

@@ -7,12 +7,22 @@ its own writers, so the nodes never import it.
 from .atomic import atomic_file, check_free_space, check_output
 from .ffmpeg import check_fps
 from .metadata import read_metadata
-from .readers import ClipInfo, probe_clip, read_frames, stream_frames
-from .writers import FORMATS, QUALITIES, ClipWriter, check_clip_output, open_writer, parse_quality, to_uint8
+from .readers import ClipContents, ClipInfo, probe_clip, probe_contents, read_frames, stream_frames
+from .writers import (
+    FORMATS,
+    QUALITIES,
+    ClipWriter,
+    check_clip_output,
+    keeps_audio,
+    open_writer,
+    parse_quality,
+    to_uint8,
+)
 
 __all__ = [
     "FORMATS",
     "QUALITIES",
+    "ClipContents",
     "ClipInfo",
     "ClipWriter",
     "atomic_file",
@@ -20,9 +30,11 @@ __all__ = [
     "check_fps",
     "check_free_space",
     "check_output",
+    "keeps_audio",
     "open_writer",
     "parse_quality",
     "probe_clip",
+    "probe_contents",
     "read_frames",
     "read_metadata",
     "stream_frames",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +46,32 @@ def probe_clip(path: str | PathLike[str]) -> ClipInfo:
     fields = {word[0]: word[1:] for word in output.split(b"\n", 1)[0].decode("ascii").split()[1:]}
     rate = Fraction(fields["F"].replace(":", "/"))
     return ClipInfo(int(fields["W"]), int(fields["H"]), float(rate))
+
+
+@dataclass(frozen=True)
+class ClipContents:
+    """What a video says of itself, which may be wrong or missing.
+
+    Attributes:
+        seconds: its duration, None if unknown.
+        audio: the codec of its first sound, e.g. "aac"; None if there is none.
+    """
+
+    seconds: float | None
+    audio: str | None
+
+
+def probe_contents(path: str | PathLike[str]) -> ClipContents:
+    """Duration and sound of a video.
+
+    Raises:
+        MissingDependency: there is no ffmpeg.
+    """
+    _, _, log = run(source(Path(path)))  # ends with the complaint that there is no output, after a description
+    duration = re.search(r"^ *Duration: (\d+):(\d+):(\d+\.?\d*)", log, re.MULTILINE)
+    audio = re.search(r"^ *Stream #0:\d+.*?: Audio: (\w+)", log, re.MULTILINE)
+    seconds = sum(float(n) * unit for n, unit in zip(duration.groups(), (3600, 60, 1), strict=True)) if duration else None
+    return ClipContents(seconds, audio[1] if audio else None)
 
 
 def stream_frames(path: str | PathLike[str], target: ClipInfo, *, max_frames: int | None = None,

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..errors import AllegroError, NonFiniteError, OutputError
 from .atomic import atomic_file, check_output, exists_error, publish, temporary_name, writing
-from .ffmpeg import check_encoder, check_fps, encode_error, log_text, start, stop
+from .ffmpeg import check_encoder, check_fps, encode_error, log_text, source, start, stop
 from .metadata import PNG_SIGNATURE, append_gif_comment, ffmetadata, png_chunk, png_comment
+from .readers import probe_contents
 
 # The reference writes H.264 at CRF 10. VP9 counts differently: 31 is its usual value, 15 much finer.
 QUALITIES: dict[str, dict[str, int]] = {
@@ -32,6 +33,9 @@ QUALITIES: dict[str, dict[str, int]] = {
 }
 _ENCODERS = {".mp4": "libx264", ".webm": "libvpx-vp9", ".gif": "gif"}
 FORMATS = (*_ENCODERS, ".png")
+# Sound that a container takes as it is, and what other sound is encoded as.
+_AUDIO_KEPT = {".mp4": ("aac", "mp3", "ac3", "eac3", "alac"), ".webm": ("opus", "vorbis")}
+_AUDIO_ENCODERS = {".mp4": "aac", ".webm": "libopus"}
 
 # Colours are converted to BT.709 in limited range and labelled so: what players assume for HD video. Without
 # the label many assume BT.601 and shift every colour.
@@ -139,10 +143,15 @@ def parse_quality(quality: str | int, extension: str) -> int:
                        f"0 (best) to {highest} (smallest).")
 
 
+def keeps_audio(path: str | os.PathLike[str]) -> bool:
+    """Whether the format of a clip can have sound."""
+    return Path(path).suffix.lower() in _AUDIO_KEPT
+
+
 @contextmanager
 def open_writer(path: str | os.PathLike[str], width: int, height: int, *, fps: float,
                 metadata: Mapping[str, Any] | None = None, quality: str | int = "high",
-                force: bool = False) -> Iterator[ClipWriter]:
+                force: bool = False, audio: Path | None = None) -> Iterator[ClipWriter]:
     """Opens a clip for writing; it appears under its name when the block ends well, and not at all otherwise.
 
     Example::
@@ -160,6 +169,8 @@ def open_writer(path: str | os.PathLike[str], width: int, height: int, *, fps: f
         metadata: JSON-able settings to keep inside the file; see `read_metadata`.
         quality: "high" (the reference's), "small", or a constant rate factor. .gif and .png have only one.
         force: an existing file may be replaced; with .png, every numbered picture of that name is.
+        audio: a file whose first sound the clip gets: as it is where the format takes it, else encoded anew. For
+            .mp4 and .webm.
     Raises:
         OutputError: see `check_clip_output`; or the disk or ffmpeg refused; or no frame was written.
         AllegroError: `fps` or `quality` is not a possible one.
@@ -171,7 +182,8 @@ def open_writer(path: str | os.PathLike[str], width: int, height: int, *, fps: f
     if path.suffix.lower() == ".png":
         opened = _pictures(path, metadata or {}, force=force)
     else:
-        opened = _encoded(path, writer, fps, metadata or {}, quality, force=force)
+        arguments = _format_arguments(path.suffix.lower(), parse_quality(quality, path.suffix.lower()))
+        opened = _encoded(path, writer, fps, metadata or {}, arguments, audio, force=force)
     with opened as writer.sink:
         yield writer
         if not writer.num_frames:
@@ -188,11 +200,10 @@ def _refuse(pixels: np.ndarray) -> None:
 
 
 @contextmanager
-def _encoded(path: Path, clip: ClipWriter, fps: float, metadata: Mapping[str, Any], quality: str | int,
-             *, force: bool) -> Iterator[Sink]:
+def _encoded(path: Path, clip: ClipWriter, fps: float, metadata: Mapping[str, Any], arguments: list[str],
+             audio: Path | None, *, force: bool) -> Iterator[Sink]:
     """A sink that feeds ffmpeg, which writes a temporary beside `path`."""
     extension = path.suffix.lower()
-    crf = parse_quality(quality, extension)
     odd = (clip.height % 2, clip.width % 2) if extension == ".mp4" else (0, 0)
     with (atomic_file(path, force=force) as temporary, tempfile.TemporaryDirectory() as scratch,
           tempfile.TemporaryFile() as log):
@@ -202,8 +213,8 @@ def _encoded(path: Path, clip: ClipWriter, fps: float, metadata: Mapping[str, An
             "-v", "error", "-y",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{clip.width + odd[1]}x{clip.height + odd[0]}",
             "-r", str(Fraction(fps).limit_denominator(100_000)), "-i", "pipe:0",
-            "-f", "ffmetadata", "-i", str(notes), "-map", "0:v", "-map_metadata", "1",
-            *_format_arguments(extension, crf), f"file:{temporary}",
+            "-f", "ffmetadata", "-i", str(notes), *(source(audio) if audio else []), "-map", "0:v", "-map_metadata", "1",
+            *(_audio_arguments(audio, extension) if audio else []), *arguments, f"file:{temporary}",
         ], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         try:
             yield partial(_feed, process, path, log, odd)
@@ -227,6 +238,13 @@ def _format_arguments(extension: str, crf: int) -> list[str]:
         return [*colours, "-c:v", "libvpx-vp9", "-crf", str(crf), "-b:v", "0", "-deadline", "good",
                 "-cpu-used", "4", "-row-mt", "1", "-f", "webm"]
     raise OutputError(f"{extension} is not a known format. Use one of {', '.join(FORMATS)}.")
+
+
+def _audio_arguments(audio: Path, extension: str) -> list[str]:
+    """Takes the first sound of the third input."""
+    codec = probe_contents(audio).audio
+    kept = codec in _AUDIO_KEPT[extension]
+    return ["-map", "2:a:0", "-c:a", "copy" if kept else _AUDIO_ENCODERS[extension]] if codec else []
 
 
 def _feed(process: subprocess.Popen[bytes], path: Path, log: IO[bytes], odd: tuple[int, int],

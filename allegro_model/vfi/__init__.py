@@ -13,7 +13,7 @@ from .emavfi import (
     best_dtype,
     pairs_per_batch,
 )
-from .interpolate import Interpolator, interpolate_clip, interpolate_stream
+from .interpolate import Interpolator, Progress, interpolate_clip, interpolate_stream
 from .scenes import DEFAULT_THRESHOLD
 from .times import MAX_MULTIPLIER, FrameTimes, is_reached_by_halving
 
@@ -27,6 +27,7 @@ __all__ = [
     "FrameTimes",
     "Interpolator",
     "Prediction",
+    "Progress",
     "best_dtype",
     "interpolate_clip",
     "interpolate_stream",
