@@ -15,6 +15,7 @@ FEATURES = {
     "loaders": ("LoadAllegroDiT", "LoadAllegroT5", "LoadAllegroVAE"),
     "text": ("T5Encode",),
     "latent": ("EmptyAllegroLatentVideo",),
+    "ti2v": ("AllegroImageToVideo", "AllegroKeyframes", "AllegroContinueVideo", "AllegroJoinVideos"),
     "sample": ("AllegroScheduler", "AllegroSampler"),
     "vae": ("VideoVAEEncode", "VideoVAEDecode"),
 }

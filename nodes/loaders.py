@@ -26,8 +26,8 @@ class LoadAllegroDiT(io.ComfyNode):
             node_id="LoadAllegroDiT",
             display_name="Load Allegro DiT",
             category="loaders",
-            description=("Loads the Allegro text-to-video transformer. The file is recognised by its tensors, not by its "
-                         "name. " + _WHERE.format(key="diffusion_models")),
+            description=("Loads the Allegro transformer, text to video or image to video (TI2V). The file is recognised by its "
+                         "tensors, not by its name. " + _WHERE.format(key="diffusion_models")),
             search_aliases=["allegro model", "text to video"],
             inputs=[
                 io.Combo.Input("model_name", options=paths.choices("transformer"), tooltip=(

@@ -70,7 +70,7 @@ class AllegroSampler(io.ComfyNode):
                 io.Int.Input("steps", default=100, min=1, max=MAX_STEPS, step=1, tooltip=_STEPS),
                 io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=(
                     "How strictly the clip follows the prompt. More is stricter and harsher, less is freer. 7.5 is what "
-                    "the released model was made for; 1 turns guidance off and takes half the time.")),
+                    "the released model was made for, 8 the image-to-video one; 1 turns guidance off and takes half the time.")),
                 fraction("denoise", 1.0, "1 starts from noise. Less keeps that much of the latent you give: the last part "
                                          "of a longer schedule is run, with the same number of steps."),
                 io.Combo.Input("noise_source", options=list(NOISE_SOURCES), default="reference", tooltip=(

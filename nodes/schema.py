@@ -7,7 +7,11 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-__all__ = ["MAX_TILE", "MAX_TILE_FRAMES", "ComfyExtension", "fraction", "io", "schema", "seed", "tile_inputs"]
+from ..allegro_model.geometry import MAX_FRAMES, MAX_PIXELS, PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from .bridge.latents import MAX_BATCH
+
+__all__ = ["MAX_TILE", "MAX_TILE_FRAMES", "ComfyExtension", "clip_inputs", "fraction", "io", "schema", "seed",
+           "tile_inputs"]
 
 CATEGORY = "Allegro"
 MAX_TILE = 2048  # pixels
@@ -35,6 +39,29 @@ def seed(tooltip: str) -> io.Int.Input:
 def fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
     """A share above 0, at most 1."""
     return io.Float.Input(name, default=default, min=0.01, max=1.0, step=0.01, tooltip=tooltip)
+
+
+def clip_inputs(min_length: int = TEMPORAL_FACTOR) -> list[io.Int.Input]:
+    """width, height, length and batch_size of the clip to be made.
+
+    Args:
+        min_length: frames.
+    """
+    def size(name: str, default: int, tooltip: str) -> io.Int.Input:
+        return io.Int.Input(name, default=default, min=PIXEL_MULTIPLE, max=MAX_PIXELS, step=PIXEL_MULTIPLE, tooltip=tooltip)
+
+    return [
+        size("width", 1280, "Width in pixels, a multiple of 16. Start with the size the model was trained at: 1280. More takes "
+                            "more time and memory."),
+        size("height", 720, "Height in pixels, a multiple of 16. Start with the size the model was trained at: 720. More takes "
+                            "more time and memory."),
+        io.Int.Input("length", default=88, min=min_length, max=MAX_FRAMES, step=TEMPORAL_FACTOR, tooltip=(
+            "Frames, a multiple of 4; 15 are one second. Start with what the model was trained at: 88, about 6 seconds. Fewer is "
+            "faster and often poorer.")),
+        io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, step=1, tooltip=(
+            "Clips made at once. Each has its own seed, counted up from the sampler's, and comes out as if made alone. More "
+            "takes more memory.")),
+    ]
 
 
 def tile_inputs() -> list[io.Int.Input]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..allegro_model.errors import GeometryError, UnsupportedCheckpoint
+from ..allegro_model.errors import GeometryError
 from ..allegro_model.geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR, check_multiple
 from ..allegro_model.vae import Tiling
-from .bridge.vae import AllegroVAE
+from .bridge.vae import check_vae
 from .schema import MAX_TILE, MAX_TILE_FRAMES, io, schema, tile_inputs
 
 
@@ -81,9 +81,7 @@ class VideoVAEDecode(io.ComfyNode):
 
 
 def _tiling(vae: Any, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int) -> Tiling:
-    if not isinstance(vae, AllegroVAE):
-        raise UnsupportedCheckpoint(f"this VAE is a {type(vae).__name__}, expected the VideoVAE of Load Allegro VAE. "
-                                    "Connect that node, or use ComfyUI's own VAE nodes for other VAEs.")
+    check_vae(vae)
     _check(tile_size, overlap, temporal_size, temporal_overlap)
     return vae.tiling(tile_size, overlap, temporal_size, temporal_overlap)
 

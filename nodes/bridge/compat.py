@@ -149,6 +149,20 @@ def fix_empty_latent(model: Any, latent: dict[str, Any]) -> Tensor:
     return samples.unsqueeze(2) if samples.ndim == 4 else samples
 
 
+def cut_to_window(condition: Tensor, latents: Tensor, transformer_options: dict[str, Any]) -> Tensor:
+    """What belongs to the latents of a context window. Newer versions cut it themselves, the oldest only the latents.
+
+    Args:
+        condition: [B, C, t, h, w] of the window or of the whole clip.
+        latents: [B, 4, t, h, w] of the window.
+        transformer_options: as ComfyUI hands them to the model.
+    """
+    window = transformer_options.get("context_window")
+    if window is None or condition.shape[2] == latents.shape[2]:
+        return condition
+    return window.get_tensor(condition, condition.device, dim=2)
+
+
 def intermediate_dtype() -> torch.dtype:
     """dtype of what nodes hand to each other."""
     choose = getattr(comfy.model_management, "intermediate_dtype", None)

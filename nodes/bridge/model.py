@@ -20,19 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...allegro_model.config import VAE_720P, DiTConfig, VAEConfig
-from ...allegro_model.dit import AllegroDiT
+from ...allegro_model.dit import AllegroDiT, AllegroTI2V
 from ...allegro_model.dit.model import trim_text
-from ...allegro_model.errors import TextError
+from ...allegro_model.errors import GeometryError, TextError
 from ...allegro_model.loading import check_tensors, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
 from .compat import (
     SMALL_MODEL_PARAMETERS,
     assign_option,
+    cut_to_window,
     patcher_class,
     quantisation,
     remember_loader,
     settle_dtypes,
 )
+from .conditioning import concat_condition, has_given_frames, in_training_order
 from .paths import snapshot_root
 from .progress import check_cancelled
 from .sampling import SAMPLING_SETTINGS, AllegroSampling
@@ -73,7 +75,7 @@ class ComfyDiT(AllegroDiT):
         """Predicts the noise, through the wrappers that nodes have put round the model.
 
         Args:
-            x: [B, 4, t, h, w] in the compute dtype; any h and w.
+            x: [B, 4, t, h, w] in the compute dtype, with the condition 12 channels; any h and w.
             timestep: [B] float32.
             context: [B, L, C] text embeddings.
             attention_mask: [B, L], 1 = attend; None attends to everything.
@@ -126,7 +128,16 @@ class ComfyDiT(AllegroDiT):
             for patch in patches:
                 x = patch({"img": x, "txt": text, "x": latents, "block_index": i,
                            "transformer_options": options})["img"]
-        return self.unembed(x, time, grid)
+        return self.unembed(x, self.output_time(time, latents), grid)
+
+
+class ComfyTI2V(ComfyDiT, AllegroTI2V):
+    """The image-to-video transformer. Its mask arrives in order of time, so that context windows can cut it."""
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """[B, 12, t, h, w] with the mask in order of time -> tokens [B, N, D]."""
+        rest, mask = latents.split((2 * self.config.in_channels, self.config.in_channels), dim=1)
+        return super().embed(torch.cat((rest, in_training_order(mask)), dim=1))
 
 
 def attention_with(options: Options) -> Callable[..., Tensor]:
@@ -184,6 +195,7 @@ class AllegroModelConfig(comfy.supported_models_base.BASE):
     Args:
         config: of the transformer.
         vae: of the VAE it was trained with.
+        image_to_video: the variant that takes given frames.
         small: the whole model is small: compute in float32, as the command line does.
     """
 
@@ -193,8 +205,9 @@ class AllegroModelConfig(comfy.supported_models_base.BASE):
     sampling_settings = SAMPLING_SETTINGS
     supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
 
-    def __init__(self, config: DiTConfig, vae: VAEConfig, *, small: bool = False) -> None:
+    def __init__(self, config: DiTConfig, vae: VAEConfig, *, image_to_video: bool = False, small: bool = False) -> None:
         super().__init__({"config": config})
+        self.image_to_video = image_to_video
         self.latent_format = AllegroLatentFormat(vae)
         # ComfyUI's own models with this patch size use width / 2000.
         self.memory_usage_factor = config.width / 2000
@@ -203,18 +216,20 @@ class AllegroModelConfig(comfy.supported_models_base.BASE):
 
     def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> AllegroModel:
         """Builds the model, empty."""
-        return AllegroModel(self, device)
+        return (AllegroImageModel if self.image_to_video else AllegroModel)(self, device)
 
     def inpaint_model(self) -> bool:
-        """Text to video has no extra input channels."""
+        """It has none of the channels that ComfyUI's inpainting fills."""
         return False
 
 
 class AllegroModel(comfy.model_base.BaseModel):
     """ComfyUI's wrapper round the network: conditions in, denoised latents out."""
 
+    network: type[ComfyDiT] = ComfyDiT
+
     def __init__(self, model_config: AllegroModelConfig, device: Any = None) -> None:
-        super().__init__(model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=ComfyDiT)
+        super().__init__(model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=self.network)
         self.model_sampling = AllegroSampling(model_config)
 
     def extra_conds(self, **kwargs: Any) -> Options:
@@ -224,6 +239,35 @@ class AllegroModel(comfy.model_base.BaseModel):
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(mask)
         return out
+
+    def concat_cond(self, **kwargs: Any) -> Tensor | None:
+        """Nothing.
+
+        Raises:
+            GeometryError: frames are given that this model would ignore for the whole run.
+        """
+        if has_given_frames(kwargs):
+            raise GeometryError("given frames need the image-to-video transformer (Allegro-TI2V), this is the text-to-video "
+                                "one. Choose the other in Load Allegro DiT, or connect the prompts without the image node.")
+        return None
+
+
+class AllegroImageModel(AllegroModel):
+    """The same for the image-to-video network."""
+
+    network = ComfyTI2V
+
+    def concat_cond(self, **kwargs: Any) -> Tensor:
+        """[B, 8, t, h, w]: scaled latents of the given frames, and their mask; grey and ones where there are none."""
+        if not has_given_frames(kwargs) and kwargs.get("prompt_type") == "positive":
+            logger.warning("Allegro: no frame is given to the image-to-video model, which was trained with one. Connect "
+                           "Allegro Image to Video, or load the text-to-video model.")
+        return concat_condition(kwargs, kwargs["noise"], self.process_latent_in)
+
+    def _apply_model(self, x: Tensor, t: Tensor, c_concat: Tensor, c_crossattn: Any = None, control: Any = None,
+                     transformer_options: Options | None = None, **kwargs: Any) -> Tensor:
+        options = transformer_options or {}
+        return super()._apply_model(x, t, cut_to_window(c_concat, x, options), c_crossattn, control, options, **kwargs)
 
 
 # Loading
@@ -244,10 +288,13 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
     opened = open_file(path, "allegro-dit")
     source, weights = opened.source, opened.weights
     config = dit_config_from_shapes(source.shapes, source.header.config)
-    expected = {name: tuple(p.shape) for name, p in AllegroDiT(config, device="meta").state_dict().items()}
+    image_to_video = source.info.variant == "ti2v"
+    network = AllegroTI2V if image_to_video else AllegroDiT
+    expected = {name: tuple(p.shape) for name, p in network(config, device="meta").state_dict().items()}
     check_tensors(expected, source.shapes, what=f"{path}, {source.info.title},")
     parameters = source.info.num_parameters
-    model_config = AllegroModelConfig(config, vae_config_of(path), small=parameters < SMALL_MODEL_PARAMETERS)
+    model_config = AllegroModelConfig(config, vae_config_of(path), image_to_video=image_to_video,
+                                      small=parameters < SMALL_MODEL_PARAMETERS)
     quantised = _choose_dtypes(model_config, weights, parameters, weight_dtype)
     model = model_config.get_model(weights)
     patcher = patcher_class(disable_dynamic)(model, load_device=comfy.model_management.get_torch_device(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...allegro_model.config import VAEConfig
-from ...allegro_model.errors import CheckpointMismatch, GeometryError, NonFiniteError
+from ...allegro_model.errors import CheckpointMismatch, GeometryError, NonFiniteError, UnsupportedCheckpoint
 from ...allegro_model.geometry import estimate_decode_bytes, frames_bytes
 from ...allegro_model.loading import check_tensors, vae_config_from_shapes
 from ...allegro_model.vae import Tiling, VideoVAE
@@ -157,17 +157,24 @@ class AllegroVAE(comfy.sd.VAE):
         # ComfyUI crops every axis between the first and the last, so the frames go into the first.
         images = self.vae_encode_crop_pixels(clips.flatten(0, 1))[..., :3]
         frames = images.unflatten(0, clips.shape[:2]).movedim(-1, 1)  # [B, 3, T, H, W]
+        return self._encode(frames, lambda clip: clip.to(torch.float32) * 2 - 1, tiling)
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Frames [B, 3, T, H, W] in [-1, 1], T a multiple of 4, H and W of 8 -> raw latents [B, 4, t, h, w]."""
+        return self._encode(frames, lambda clip: clip, self.default_tiling)
+
+    def _encode(self, clips: Tensor, prepare: Callable[[Tensor], Tensor], tiling: Tiling) -> Tensor:
+        """Encodes [B, 3, T, H, W] clip by clip; `prepare` brings each to [-1, 1] when its turn comes."""
         collected: list[Tensor] = []
 
         def work() -> None:
             collected.clear()
-            progress = _batch_progress(len(frames))
-            for item in range(len(frames)):
-                source = frames[item : item + 1].to(torch.float32) * 2 - 1
-                collected.append(self.first_stage_model.encode(source, tiling=tiling, progress=progress(item),
-                                                               device=self.device))
+            progress = _batch_progress(len(clips))
+            for item in range(len(clips)):
+                collected.append(self.first_stage_model.encode(prepare(clips[item : item + 1]), tiling=tiling,
+                                                               progress=progress(item), device=self.device))
 
-        self._run("encode", work, self._tile_bytes(tiling, frames.shape[2:], self.vae_dtype))
+        self._run("encode", work, self._tile_bytes(tiling, clips.shape[2:], self.vae_dtype))
         return torch.cat(collected).to(device=self.output_device, dtype=intermediate_dtype())
 
     def tiling(self, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int) -> Tiling:
@@ -230,6 +237,18 @@ class AllegroVAE(comfy.sd.VAE):
                         "that were sampled are kept and need not be computed again.") from error
             logger.warning("Allegro VAE %s ran out of memory; making room and trying once more.", name)
             comfy.model_management.soft_empty_cache()
+
+
+def check_vae(vae: Any) -> AllegroVAE:
+    """The VAE, if it is ours.
+
+    Raises:
+        UnsupportedCheckpoint: it is another one.
+    """
+    if not isinstance(vae, AllegroVAE):
+        raise UnsupportedCheckpoint(f"this VAE is a {type(vae).__name__}, expected the VideoVAE of Load Allegro VAE. "
+                                    "Connect that node, or use ComfyUI's own VAE nodes for other VAEs.")
+    return vae
 
 
 def load_vae(path: str, dtype: str = "default", disable_dynamic: bool = False) -> AllegroVAE:

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from comfy.random_model import DIT, random_tensors, shapes_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from allegro_model.dit import AllegroTI2V
 
 
 def write_variants(models: Path, model: Path) -> None:
@@ -33,6 +36,7 @@ def write_variants(models: Path, model: Path) -> None:
     save_file({**t5, "shared.weight": rows, "encoder.embed_tokens.weight": rows.clone()},
               models / "text_encoders" / "published_vocabulary.safetensors")
     save_file(lora_for(dit), models / "loras" / "style.safetensors")
+    write_image_model(models / "allegro" / "tiny-random-ti2v", model)
     # Wrong ones
     vae = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     save_file(vae, folder / "is_a_vae.safetensors")
@@ -67,6 +71,18 @@ def write_text_variant(root: Path, model: Path, change: Callable[[dict[str, Tens
         os.symlink(model / name, root / name)
     shutil.copy(model / "text_encoder" / "config.json", root / "text_encoder")
     save_file(change(load_file(model / "text_encoder" / "model.safetensors")), root / "text_encoder" / "model.safetensors")
+
+
+def write_image_model(root: Path, model: Path) -> None:
+    """The snapshot with an image-to-video transformer whose other weights are the same."""
+    (root / "transformer").mkdir(parents=True)
+    for name in ("tokenizer", "text_encoder", "vae", "model_index.json", "transformer/config.json"):
+        os.symlink(model / name, root / name)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    shapes = shapes_of(AllegroTI2V(DIT, device="meta"))
+    shared = load_file(model / name)
+    extra = random_tensors({key: shape for key, shape in shapes.items() if key not in shared}, seed=7)
+    save_file(shared | extra, root / name)
 
 
 def scaled(tensors: dict[str, Tensor], below: str) -> dict[str, Tensor]:

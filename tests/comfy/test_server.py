@@ -26,13 +26,19 @@ BUNDLED = "allegro-tiny (bundled)"
 ASSETS = PACK / "allegro_model" / "assets" / "tiny"
 TINY_PROMPT = "a red circle moves right over a blue background"
 
-# id -> inputs in the order of the widgets, outputs. Frozen: saved workflows store values by position.
+CLIP_SIZE = ["width", "height", "length", "batch_size"]
+GIVEN = ["CONDITIONING", "CONDITIONING", "LATENT"]
+# id -> required inputs in the order of the widgets, outputs. Frozen: saved workflows store values by position.
 NODES = {
     "LoadAllegroDiT": (["model_name", "weight_dtype"], ["MODEL"]),
     "LoadAllegroT5": (["clip_name", "device"], ["CLIP"]),
     "LoadAllegroVAE": (["vae_name", "dtype"], ["VAE"]),
     "AllegroT5Encode": (["clip", "text", "role", "clean_caption", "prompt_weighting"], ["CONDITIONING"]),
-    "EmptyAllegroLatentVideo": (["width", "height", "length", "batch_size"], ["LATENT"]),
+    "EmptyAllegroLatentVideo": (CLIP_SIZE, ["LATENT"]),
+    "AllegroImageToVideo": (["positive", "negative", "vae", *CLIP_SIZE, "fit"], GIVEN),
+    "AllegroKeyframes": (["positive", "negative", "vae", "images", "positions", *CLIP_SIZE, "fit"], GIVEN),
+    "AllegroContinueVideo": (["positive", "negative", "vae", "clip", "keep_frames", "direction", *CLIP_SIZE, "fit"], GIVEN),
+    "AllegroJoinVideos": (["first", "second", "overlap", "match_colors"], ["IMAGE"]),
     "AllegroScheduler": (["steps", "denoise"], ["SIGMAS"]),
     "AllegroSampler": (["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "denoise",
                         "noise_source"], ["LATENT"]),
@@ -42,6 +48,8 @@ NODES = {
 CATEGORIES = {
     "LoadAllegroDiT": "loaders", "LoadAllegroT5": "loaders", "LoadAllegroVAE": "loaders",
     "AllegroT5Encode": "conditioning", "EmptyAllegroLatentVideo": "latent", "AllegroScheduler": "sampling",
+    "AllegroImageToVideo": "conditioning", "AllegroKeyframes": "conditioning", "AllegroContinueVideo": "conditioning",
+    "AllegroJoinVideos": "video",
     "AllegroSampler": "sampling", "AllegroVideoVAEEncode": "vae", "AllegroVideoVAEDecode": "vae",
 }
 
@@ -98,7 +106,7 @@ def test_object_info_is_complete(server: Server) -> None:
         assert info["category"] == f"Allegro/{CATEGORIES[node_id]}"
         assert len(info["description"]) > 40
         assert all(info["output_tooltips"])
-        for name, (_, options) in info["input"]["required"].items():
+        for name, (_, options) in (info["input"]["required"] | info["input"].get("optional", {})).items():
             assert len(options.get("tooltip", "")) > 10, f"{node_id}.{name}"
 
 
