@@ -125,10 +125,13 @@ def test_extension_is_among_the_loaded(server: Server) -> None:
     assert "FAILED" not in line[0]
 
 
-def test_nothing_of_ours_is_logged_as_a_problem(server: Server) -> None:
-    lines = [line for line in server.log.splitlines() if "llegro" in line and re.search("warn|error|fail", line, re.I)]
-    start = [line for line in lines if "Cannot import" in line or "IMPORT FAILED" in line or "missing because" in line]
-    assert not start
+def test_starting_says_nothing_about_us_but_how_long_it_took(server: Server) -> None:
+    """What nodes log while they work: inside/checks.py, where ComfyUI's log still has levels."""
+    start, found, _ = server.log.partition("To see the GUI go to")
+    assert found
+    lines = [re.sub(r"\x1b\[\d+m|\[INFO\]", "", line).strip() for line in start.splitlines() if "allegro" in line.lower()]
+    assert len(lines) == 1
+    assert re.fullmatch(r"[\d.]+ seconds: \S+/custom_nodes/allegro-video", lines[0])
 
 
 def test_every_node_has_a_help_page(server: Server) -> None:
@@ -279,7 +282,7 @@ def test_cancel_takes_less_than_five_seconds_and_the_next_run_works(server: Serv
     ({"length": 0}, "length=0: must be a multiple of 4"),
     ({"batch_size": 0}, "batch_size=0: must be a multiple of 1 from 1 to 64"),
     ({"width": 8192, "height": 8192, "length": 4096, "batch_size": 64}, "64 x 4096 frames of 8192x8192 needs about"),
-    ({"steps": 0}, "num_steps=0: must be a whole number from 1"),
+    ({"steps": 0}, "steps=0: must be a whole number from 1"),
     ({"cfg": float("nan")}, "must be a finite number of at least 0"),
     ({"cfg": -1.0}, "must be a finite number of at least 0"),
     ({"denoise": 0.0}, "denoise=0.0: must be above 0"),

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 PACK = Path(__file__).resolve().parents[3]
+PACK_NAME = "custom_nodes_allegro"
 
 
 class Skipped(Exception):
@@ -36,17 +37,20 @@ class Host:
         self.folder_paths = importlib.import_module("folder_paths")
         self.base = base
         self.log: list[str] = []
+        self.own_warnings: list[str] = []  # of this extension, in the check that runs
         root = logging.getLogger()
-        root.addHandler(_Collect(self.log))
+        root.addHandler(_Collect(self.log, self.own_warnings))
         root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
         importlib.import_module("utils.extra_config")  # first, as main.py does: nodes.py puts another `utils` in front
         importlib.import_module("server")
         self.core = importlib.import_module("nodes")
         start = time.process_time()  # of this process alone: the machine may be busy
-        self.pack = load_pack("custom_nodes_allegro", PACK)
+        self.pack = load_pack(PACK_NAME, PACK)
         extension = asyncio.run(self.pack.comfy_entrypoint())
         nodes = asyncio.run(extension.get_node_list())
         self.import_seconds = time.process_time() - start
+        self.import_warnings = self.own_warnings.copy()
         self.nodes = {node.define_schema().node_id: node for node in nodes}
 
     def module(self, name: str) -> ModuleType:
@@ -79,12 +83,16 @@ def load_pack(name: str, folder: Path) -> ModuleType:
 
 
 class _Collect(logging.Handler):
-    def __init__(self, lines: list[str]) -> None:
+    def __init__(self, lines: list[str], own_warnings: list[str]) -> None:
         super().__init__()
-        self.lines = lines
+        self.lines, self.own_warnings = lines, own_warnings
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
+        message = record.getMessage()
+        self.lines.append(f"{record.levelname} {message}")
+        ours = record.name.startswith(PACK_NAME) or (record.name == "py.warnings" and str(PACK) in message)
+        if ours and record.levelno >= logging.WARNING:
+            self.own_warnings.append(f"{record.name}: {message}")
 
 
 def main(comfyui: str, base: str, result: str, *checks: str) -> None:
@@ -101,6 +109,7 @@ def main(comfyui: str, base: str, result: str, *checks: str) -> None:
     for name, file in names.items():
         start = time.perf_counter()
         host.log.clear()
+        host.own_warnings.clear()
         try:
             getattr(modules[file], name)(host)
             found[name] = None

@@ -117,6 +117,21 @@ def check_import_is_fast_and_frugal(h: Host) -> None:
         name for name in sys.modules if getattr(sys.modules[name], "__name__", "") == name}
 
 
+def check_an_ordinary_run_warns_of_nothing(h: Host) -> None:
+    """From the import over the loaders to the frames, with the bundled model at its own size; no exceptions to the rule."""
+    bundled = "allegro-tiny (bundled)"
+    clip = h.run("LoadAllegroT5", clip_name=bundled, device="default")
+    positive, negative = (h.run("AllegroT5Encode", clip=clip, text=text, role=role, clean_caption=True, prompt_weighting=False)
+                          for text, role in (("a red circle moving left on a blue background", "positive"), ("", "negative")))
+    samples = sample(h, model(h, bundled), positive=positive, negative=negative, steps=2)
+    vae = h.run("LoadAllegroVAE", vae_name=bundled, dtype="default")
+    images = h.run("AllegroVideoVAEDecode", samples={"samples": samples}, vae=vae, **TILES)
+    h.run("AllegroVideoVAEEncode", pixels=images, vae=vae, **TILES)
+    assert h.import_warnings + h.own_warnings == []
+    sample(h, model(h, bundled), positive=positive, negative=negative, steps=1, latent={"samples": torch.zeros((1, 4, 2, 4, 4))})
+    assert any("draws less well" in line for line in h.own_warnings), "warnings are not seen"
+
+
 def check_a_broken_feature_leaves_the_others(h: Host) -> None:
     package = h.module("nodes")
     package.FEATURES["no_such_module"] = ("Missing",)
