@@ -47,7 +47,7 @@ def check_schedule(num_steps: int, denoise: float = 1.0) -> None:
         ScheduleError: num_steps or denoise outside its range.
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= MAX_STEPS:
-        raise ScheduleError(f"num_steps={num_steps!r}: must be a whole number from 1 to {MAX_STEPS}; the released "
+        raise ScheduleError(f"steps={num_steps!r}: must be a whole number from 1 to {MAX_STEPS}; the released "
                             "models were made for 100.")
     if not 0.0 < denoise <= 1.0:  # also refuses NaN
         raise ScheduleError(f"denoise={denoise!r}: must be above 0 and at most 1; 1 starts from pure noise.")

@@ -130,7 +130,7 @@ def test_cancelling_in_a_step_leaves_the_pipeline_usable(tiny, prompts):
 
 
 @pytest.mark.parametrize(("settings", "error", "message"), [
-    ({"num_steps": 0}, ScheduleError, "num_steps=0"),
+    ({"num_steps": 0}, ScheduleError, "steps=0"),
     ({"guidance_scale": math.nan}, ScheduleError, "finite"),
     ({"sampler": "magic"}, ScheduleError, "must be one of euler_ancestral"),
     ({"seed": -1}, ScheduleError, "seed=-1"),
