@@ -6,7 +6,6 @@ Attribute names equal the published checkpoint keys.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,14 +26,13 @@ def timestep_sinusoid(timesteps: Tensor) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
-@lru_cache(maxsize=4)
 def position_table(grid: tuple[int, int, int], width: int, device: torch.device) -> Tensor:
     """[N, width] float32 sines and cosines of the absolute (t, h, w) token index.
 
     The last two thirds of the channels carry it, 2 * (width // 9) per axis with periods from 2 pi to
     200 pi tokens; the channels before stay zero, so that patch values can travel there undisturbed.
     """
-    with torch.inference_mode(False):  # the cached table must also serve a run that records gradients
+    with torch.inference_mode(False):  # a table that is kept must also serve a run that records gradients
         return _position_table(grid, width).to(device)
 
 

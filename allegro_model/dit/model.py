@@ -6,7 +6,8 @@ the same in the official and the diffusers layout. Reference: rhymes-ai/Allegro,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from ..ops import CastParam, cast_like
 from .blocks import Block, CrossAttention, KeysValues, modulate
 from .embed import AdaLNSingle, CaptionProjection, PatchEmbed, position_table
 from .rope import rope_tables
+
+Table = TypeVar("Table")
 
 # exp(-10000) is exactly 0 in every float type, so a masked key has no weight at all.
 MASKED = -10000.0
@@ -71,6 +74,7 @@ class AllegroDiT(nn.Module):
         self.config = config
         self.attention = attention
         self.cast_param = cast_param
+        self._tables: dict[Callable[..., Any], tuple[Any, Any]] = {}  # what makes it -> of what, the table
         D, p = config.width, config.patch_size
         self.pos_embed = PatchEmbed(config.in_channels, D, p, operations, **kwargs)
         self.adaln_single = AdaLNSingle(D, operations, **kwargs)
@@ -134,16 +138,28 @@ class AllegroDiT(nn.Module):
         return t, h // p, w // p
 
     def rope(self, grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rotary tables of the grid; kept for the last few grids."""
+        """Rotary tables of the grid."""
         c = self.config
         scales = (c.interpolation_scale_t, c.interpolation_scale_h, c.interpolation_scale_w)
-        return rope_tables(grid, c.attention_head_dim, scales, device)
+        return self._keep(rope_tables, grid, c.attention_head_dim, scales, device)
+
+    def _keep(self, make: Callable[..., Table], *key: Any) -> Table:
+        """`make(*key)`, kept for the next step: one table of a kind, 30 MB for 720p, gone when the weights move."""
+        if torch.compiler.is_compiling():
+            return make(*key)
+        if self._tables.get(make, (None, None))[0] != key:
+            self._tables[make] = (key, make(*key))
+        return self._tables[make][1]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> AllegroDiT:
+        self._tables.clear()
+        return super()._apply(*args, **kwargs)
 
     def embed(self, latents: Tensor) -> Tensor:
         """[B, C, t, h, w] -> tokens [B, N, D]."""
         x = self.pos_embed(latents)
         if self.config.absolute_position:
-            x = x + position_table(self.grid(latents), self.config.width, x.device).to(x.dtype)
+            x = x + self._keep(position_table, self.grid(latents), self.config.width, x.device).to(x.dtype)
         return x
 
     def output_time(self, time: Tensor, latents: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ Source: arXiv 2104.09864; the axis split and the scales are Allegro's (arXiv 241
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -29,7 +27,6 @@ def axis_angles(length: int, width: int, scale: float) -> Tensor:
     return positions[:, None] * frequencies
 
 
-@lru_cache(maxsize=4)
 def rope_tables(grid: tuple[int, int, int], head_dim: int, scales: tuple[float, float, float],
                 device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines for every token of a grid.
@@ -43,7 +40,7 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, scales: tuple[float, 
         cos, sin, each [N, 3, dh/6] float32.
     """
     width = head_dim // 3
-    with torch.inference_mode(False):  # the cached tables must also serve a run that records gradients
+    with torch.inference_mode(False):  # tables that are kept must also serve a run that records gradients
         return _rope_tables(grid, width, scales, device)
 
 

@@ -1,11 +1,13 @@
 """The transformer: what padding, positions and precision must not change."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny import DIT, tiny_dit
 
+from allegro_model.dit import model as model_module
 from allegro_model.dit.embed import position_table
 from allegro_model.dit.model import trim_text
 from allegro_model.dit.rope import apply_rope, rope_tables
@@ -55,6 +57,32 @@ def test_prepared_prompt_gives_the_same_as_forward():
     prepared = dit.prepare(text)
     for scale in (1.0, 0.5):
         assert torch.equal(dit.denoise(x * scale, t, prepared), dit(x * scale, t, text))
+
+
+@torch.no_grad()
+def test_tables_live_as_long_as_they_are_used(monkeypatch):
+    """One size is kept from step to step, and nothing is when the weights move or the model is gone."""
+    made = []
+
+    def counted(*key):
+        made.append(key)
+        return rope_tables(*key)
+
+    monkeypatch.setattr(model_module, "rope_tables", counted)
+    dit = tiny_dit()
+    x, t, text = inputs()
+    for latents, count in ((x, 1), (x, 1), (x[..., :4], 2), (x, 3)):
+        dit(latents, t, text)
+        assert len(made) == count
+    assert "rope" not in " ".join(dit.state_dict())
+    kept = weakref.ref(dit.rope((3, 2, 3), torch.device("cpu"))[0])
+    assert kept() is not None
+    dit.double()
+    assert kept() is None
+    dit.float()(x, t, text)
+    kept = weakref.ref(dit.rope((3, 2, 3), torch.device("cpu"))[0])
+    del dit
+    assert kept() is None
 
 
 def test_rotation_keeps_lengths_and_depends_on_differences_only():
