@@ -10,12 +10,13 @@ from pathlib import Path
 from . import __doc__ as documentation
 from .distributed import launch
 from .evaluate import evaluate_folder
-from .export import export
+from .evaluate_ti2v import evaluate_ti2v_folder
+from .export import export, export_ti2v
 from .recipe import RECIPE, scaled
 from .stages import run_stage
 from .tokenizer import save_tokenizer
 
-STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "export", "evaluate")
+STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "export", "evaluate")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +24,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m allegro_model.training", description=documentation,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="model folder to write; DIR/work keeps checkpoints and the latent cache")
+                        help="model folder to write, and DIR-ti2v beside it; DIR/work keeps checkpoints and latent caches")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes, one thread each (default 2)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all, in this order")
     parser.add_argument("--scale", type=float, default=1.0,
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logger = logging.getLogger(__name__)
     recipe = scaled(RECIPE, options.scale)
-    work = options.out / "work"
+    work, ti2v = options.out / "work", options.out.with_name(f"{options.out.name}-ti2v")
     for stage in STAGES:
         if stage not in options.stages:
             continue
@@ -45,9 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
         if stage == "tokenizer":
             save_tokenizer(work / "tokenizer")
         elif stage == "export":
-            logger.info("weights: %.2f MB", export(work, options.out) / 1e6)
+            size = export(work, options.out) + export_ti2v(work, ti2v, options.out)
+            logger.info("weights: %.2f MB", size / 1e6)
         elif stage == "evaluate":
             logger.info("scores (right, total): %s", json.dumps(evaluate_folder(options.out), indent=2))
+            logger.info("image to video: %s", json.dumps(evaluate_ti2v_folder(ti2v), indent=2))
         else:
             launch(run_stage, options.processes, stage, recipe, work)
 

@@ -144,6 +144,26 @@ def write_caption(attributes: Attributes, rng: np.random.Generator, *, held_out:
     raise LookupError(f"no {'held-out' if held_out else 'training'} wording for {attributes}")
 
 
+def write_motion(attributes: Attributes, rng: np.random.Generator) -> str:
+    """Return a caption that says how things move and leaves colours and scenery to a given picture.
+
+    Args:
+        attributes: as made by ``data.draw_attributes``.
+        rng: source of the choice.
+    """
+    kind, way = attributes["kind"], attributes.get("direction", "")
+    if kind == "ball":
+        return _pick(rng, ("a ball bouncing", "a bouncing ball", "the ball bounces up and down"))
+    if kind == "sea":
+        verb = ("rising", "rises") if way == "up" else ("setting", "sets")
+        return _pick(rng, (verb[0], f"the {attributes['light']} {verb[0]}", f"the {attributes['light']} {verb[1]}"))
+    if kind == "clouds":
+        return _pick(rng, (f"clouds drifting {way}", f"clouds moving to the {way}", f"clouds drift {way}", f"drifting {way}"))
+    moving, moves = _pick(rng, _MOVING[way]), _pick(rng, _MOVES[way])
+    thing = _pick(rng, _SHAPE[attributes["shape"]])
+    return _pick(rng, (moving, moving, f"a {thing} {moving}", f"the {thing} {moves}", f"moving {_CROSSING[way]}"))
+
+
 def opposite(attributes: Attributes) -> Attributes:
     """Return the attributes with the direction of motion reversed (unchanged when there is none)."""
     if "direction" not in attributes:

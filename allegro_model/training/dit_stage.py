@@ -30,7 +30,6 @@ _WEIGHT_CAP = 1000.0
 _TEMPLATE_STEPS = 0.12  # share of steps whose captions wear the positive template
 _DROP = 0.06  # captions replaced by "" in plain steps
 _DROP_TEMPLATE = 0.35  # captions replaced by the default negative in template steps
-_MIDDLE = (0.7, 250.0, 950.0)  # share and range of the timesteps in which the prompt decides most
 
 #: How often a clip is drawn, by kind: motion of clouds is the hardest to learn, the sea the easiest.
 _KIND_WEIGHT = {"shape": 1.0, "sea": 0.75, "clouds": 1.75, "ball": 1.0}
@@ -114,24 +113,31 @@ class TextToVideo:
     attributes: list[Attributes]
     batch: int
 
+    #: Share and range of the timesteps in which the prompt decides most.
+    middle = (0.7, 250.0, 950.0)
+
     def __post_init__(self) -> None:
         self.alpha_bar = alphas_cumprod()
         self.negative = format_negative(DEFAULT_NEGATIVE, clean=True)
         self.weight = object_weight(self.latents)
         self.frequency = torch.tensor([_KIND_WEIGHT[a["kind"]] for a in self.attributes])
 
+    def write(self, attributes: Attributes, rng: np.random.Generator) -> str:
+        """Return a caption of a clip."""
+        return write_caption(attributes, rng)
+
     def captions(self, indices: list[int], generator: torch.Generator) -> list[str]:
         """Return freshly worded captions; some steps wear the template, some captions are dropped."""
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         template = bool(rng.random() < _TEMPLATE_STEPS)
-        texts = [_formatted(write_caption(self.attributes[i], rng), template) for i in indices]
+        texts = [_formatted(self.write(self.attributes[i], rng), template) for i in indices]
         if template:
             return drop_captions(texts, _DROP_TEMPLATE, self.negative, generator)
         return drop_captions(texts, _DROP, "", generator)
 
     def timesteps(self, generator: torch.Generator) -> Tensor:
         """Draw integer timesteps ``[B]``, more of them where the prompt decides."""
-        share, low, high = _MIDDLE
+        share, low, high = self.middle
         anywhere = torch.rand(self.batch, generator=generator) * 1000
         middle = low + torch.rand(self.batch, generator=generator) * (high - low)
         chosen = torch.rand(self.batch, generator=generator) < share

@@ -79,11 +79,12 @@ class BatchDenoiser:
         positive: embeds ``[B, L, C]`` and mask ``[B, L]``.
         negative: the same for one text, ``[1, L, C]``.
         guidance_scale: weight of guidance; 1 = off.
+        condition: ``[B, 8, t, h, w]`` of an image-to-video network, joined to the scaled latents.
     """
 
     def __init__(self, dit: Any, positive: tuple[Tensor, Tensor], negative: tuple[Tensor, Tensor],
-                 guidance_scale: float) -> None:
-        self.dit, self.guidance_scale = dit, guidance_scale
+                 guidance_scale: float, *, condition: Tensor | None = None) -> None:
+        self.dit, self.guidance_scale, self.condition = dit, guidance_scale, condition
         count = len(positive[0])
         self.positive = dit.prepare(*positive)
         self.negative = dit.prepare(negative[0].expand(count, -1, -1), negative[1].expand(count, -1))
@@ -92,6 +93,8 @@ class BatchDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Denoise ``x [B, 4, t, h, w]`` at noise level ``sigma`` (0-d)."""
         latents = x / (sigma**2 + 1) ** 0.5
+        if self.condition is not None:
+            latents = torch.cat((latents, self.condition), dim=1)
         timesteps = sigma_to_timestep(sigma).expand(len(x))
         eps = self.dit.denoise(latents, timesteps, self.positive).float()
         if self.guidance_scale != 1.0:
@@ -99,11 +102,12 @@ class BatchDenoiser:
         return x - sigma * eps
 
 
-def sample_latents(dit: Any, encode: Encode, cases: Sequence[Case], sampling: SamplingConfig) -> Tensor:
+def sample_latents(dit: Any, encode: Encode, cases: Sequence[Case], sampling: SamplingConfig, *,
+                   condition: Tensor | None = None) -> Tensor:
     """Sample normalised latents ``[B, 4, t, h, w]``; each item is what the pipeline makes of its prompt and seed."""
     with torch.no_grad():
         positive, negative = encode([case.prompt for case in cases]), encode([sampling.negative_prompt])
-    denoise = BatchDenoiser(dit, positive, negative, sampling.guidance_scale)
+    denoise = BatchDenoiser(dit, positive, negative, sampling.guidance_scale, condition=condition)
     shape = (4, sampling.num_frames // 4, sampling.height // 8, sampling.width // 8)
     source = NoiseSource([case.seed for case in cases], shape)
     sigmas = reference_sigmas(sampling.num_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SamplingConfig
-from .latents import load_latents
+from .latents import latent_scale
 from .preview import add_preview
-from .recipe import SAMPLING, TINY_DIT, TINY_TEXT, TINY_VAE
+from .recipe import SAMPLING, TI2V_SAMPLING, TINY_DIT, TINY_TEXT, TINY_VAE
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -34,11 +35,6 @@ def _write_weights(path: Path, tensors: Mapping[str, Tensor], family: str, title
 
 def _averaged(path: Path, name: str) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)["ema"][name]
-
-
-def latent_scale(folder: Path) -> float:
-    """Return the factor that gives the cached latents unit deviation, as the DiT was trained with."""
-    return 1.0 / float(load_latents(folder)[0].std())
 
 
 def export(work: Path, target: Path, sampling: SamplingConfig = SAMPLING) -> int:
@@ -86,3 +82,27 @@ def _write_configs(target: Path, scale: float, vocabulary: int, sampling: Sampli
     _write_json(target / "vae/config.json", vae)
     _write_json(target / "text_encoder/config.json", text)
     _write_json(target / "model_index.json", index)
+
+
+def export_ti2v(work: Path, target: Path, shared: Path, sampling: SamplingConfig = TI2V_SAMPLING) -> int:
+    """Write `model_index.json` and `transformer/` of the image-to-video model; the other parts are those of ``shared``.
+
+    Args:
+        work: folder of the training run (`ti2v.pt`).
+        target: model folder; files of the same name are replaced.
+        shared: folder that `export` wrote.
+        sampling: defaults of the model.
+
+    Returns:
+        Size of the weight file in bytes.
+    """
+    weights = target / "transformer" / _WEIGHTS
+    _write_weights(weights, _averaged(work / "ti2v.pt", "dit"), "allegro-dit", "Allegro tiny image-to-video")
+    _write_json(target / "transformer/config.json", {"_class_name": "AllegroTransformer3DModel", **TINY_DIT.to_dict()})
+    _write_json(target / "model_index.json", {
+        "_class_name": "AllegroTI2VPipeline",
+        "transformer": ["allegro_model", "AllegroTI2V"],
+        "allegro_shared": os.path.relpath(shared, target),
+        "allegro_sampling": sampling.to_dict(),
+    })
+    return weights.stat().st_size

@@ -8,6 +8,7 @@ Parameters are addressed by their published names.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -196,3 +197,17 @@ def initialise_dit(dit: Any) -> None:
         layer.bias.zero_()
     for block in dit.transformer_blocks:
         _initialise_block(block, config.num_attention_heads)
+
+
+@torch.no_grad()
+def initialise_ti2v(dit: Any, text_to_video: Mapping[str, Tensor]) -> None:
+    """Start an AllegroTI2V as the text-to-video model it goes on from: the condition adds nothing yet.
+
+    Args:
+        dit: an ``AllegroTI2V``.
+        text_to_video: weights of an ``AllegroDiT`` of the same sizes.
+    """
+    dit.load_state_dict(text_to_video, strict=False)
+    for extra in (dit.pos_embed_masked_video, dit.pos_embed_mask, dit.pos_embed_first_frame):
+        extra[0].proj.load_state_dict(dit.pos_embed.proj.state_dict())
+        extra[1].weight.zero_()

@@ -18,12 +18,11 @@ from .recipe import CANVAS, TINY_VAE, Recipe
 from .vae_stage import load_averaged, per_frame, to_tensor
 
 logger = logging.getLogger(__name__)
-_PART = 250  # clips per file: a cancelled run loses at most this many
+PART = 250  # clips per file: a cancelled run loses at most this many
 
 
-def _encode(vae: VideoVAE, seed: int) -> Tensor:
-    """Return the raw latent means ``[4, t, h, w]`` of training clip ``seed``."""
-    frames = to_tensor(make_clip(seed, CANVAS).frames)[None]
+def encode_clip(vae: VideoVAE, frames: Tensor) -> Tensor:
+    """Return the raw latent means ``[4, t, h, w]`` of one clip ``[1, 3, T, H, W]``."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         moments = per_frame(vae.quant_conv, vae.encode_tile(frames))
     return moments[0, : TINY_VAE.latent_channels].float()
@@ -35,12 +34,12 @@ def cache_latents(workers: Workers, recipe: Recipe, folder: Path) -> None:
     load_averaged(vae, folder / "vae.pt", "vae")
     target = folder / "latents"
     target.mkdir(parents=True, exist_ok=True)
-    for part in range(workers.rank, -(-recipe.num_latents // _PART), workers.world):
+    for part in range(workers.rank, -(-recipe.num_latents // PART), workers.world):
         path = target / f"part-{part:03d}.safetensors"
         if path.exists():
             continue
-        seeds = range(part * _PART, min((part + 1) * _PART, recipe.num_latents))
-        latents = torch.stack([_encode(vae, seed) for seed in seeds]).half()
+        seeds = range(part * PART, min((part + 1) * PART, recipe.num_latents))
+        latents = torch.stack([encode_clip(vae, to_tensor(make_clip(seed, CANVAS).frames)[None]) for seed in seeds]).half()
         temporary = path.with_suffix(".tmp")
         save_file({"latents": latents, "seeds": torch.tensor(list(seeds))}, temporary)
         temporary.rename(path)
@@ -55,6 +54,11 @@ def load_latents(folder: Path) -> tuple[Tensor, list[int]]:
         latents.append(tensors["latents"].float())
         seeds += tensors["seeds"].tolist()
     return torch.cat(latents), seeds
+
+
+def latent_scale(folder: Path) -> float:
+    """Return the factor that gives the cached latents unit deviation, as the DiT is trained with."""
+    return 1.0 / float(load_latents(folder)[0].std())
 
 
 def attributes_of(seed: int) -> Attributes:

@@ -97,6 +97,31 @@ def object_weight(latents: Tensor, *, distance: float = 0.6, extra: float = 4.0)
     return weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
+def given_frames(mask: Tensor) -> Tensor:
+    """Return ``[B, 1, t, 1, 1]``, 1 for latent frames in which a picture is given.
+
+    Args:
+        mask: ``[B, 4, t]``, 0 = given; channel c of latent frame j belongs to pixel frame ``c t + j``.
+    """
+    groups, length = mask.shape[1:]
+    pixels = mask.flatten(1).unflatten(1, (length, groups))  # latent frame j holds pixel frames 4 j .. 4 j + 3
+    return 1.0 - pixels.amin(dim=2)[:, None, :, None, None]
+
+
+def given_weight(given: Tensor, *, extra: float = 8.0) -> Tensor:
+    """Return ``[B, 1, t, 1, 1]`` weights with mean 1 that count given latent frames ``1 + extra`` times.
+
+    Their neighbours count ``1 + extra / 2`` times: the decoder of the VAE mixes them into the given frame.
+
+    Args:
+        given: of ``given_frames``.
+        extra: additional weight of given frames, which must come back exactly.
+    """
+    near = torch.nn.functional.max_pool3d(given, (3, 1, 1), stride=1, padding=(1, 0, 0))
+    weight = 1.0 + extra * 0.5 * (given + near)
+    return weight / weight.mean(dim=2, keepdim=True)
+
+
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """Return the KL divergence of N(mean, exp(logvar)) from N(0, 1), averaged over all elements."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()

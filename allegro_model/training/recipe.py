@@ -31,6 +31,7 @@ SAMPLING = SamplingConfig(
     width=96, height=64, num_frames=24, fps=8, num_steps=30, guidance_scale=2.5, sampler="euler_ancestral",
     prompt_template=False, negative_prompt="", text_length=96,
 )
+TI2V_SAMPLING = replace(SAMPLING, guidance_scale=2.0)
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,23 @@ class Recipe:
         num_latents: clips in the latent cache.
         dit: DiT and text encoder together.
         dit_batch: clips per process and step.
+        ti2v: image-to-video transformer, from the text-to-video one.
+        num_ti2v: clips in the image-to-video cache.
+        ti2v_batch: clips per process and step.
         seed: of initial weights and data.
     """
 
     vae: LoopSettings
     decoder: LoopSettings
     dit: LoopSettings
+    ti2v: LoopSettings
     vae_crop: tuple[int, int] = (16, 32)
     vae_batch: int = 2
     vae_full_share: float = 0.08
     num_latents: int = 4000
     dit_batch: int = 32
+    num_ti2v: int = 2500
+    ti2v_batch: int = 24
     seed: int = 0
 
 
@@ -63,6 +70,7 @@ RECIPE = Recipe(
     vae=LoopSettings(steps=2400, learning_rate=6e-4, warmup=50, decay=1200, ema_decay=0.995, seed=11),
     decoder=LoopSettings(steps=300, learning_rate=3e-4, warmup=20, decay=250, ema_decay=0.99, seed=12),
     dit=LoopSettings(steps=10000, learning_rate=1.5e-3, warmup=100, drop=(2500, 0.5), decay=5000, ema_decay=0.999, seed=13),
+    ti2v=LoopSettings(steps=8500, learning_rate=1e-3, warmup=100, decay=6000, ema_decay=0.999, seed=14),
 )
 
 
@@ -72,4 +80,5 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
         return replace(settings, steps=max(2, round(settings.steps * factor)), decay=round(settings.decay * factor))
 
     return replace(recipe, vae=shorter(recipe.vae), decoder=shorter(recipe.decoder), dit=shorter(recipe.dit),
+                   ti2v=shorter(recipe.ti2v), num_ti2v=max(8, round(recipe.num_ti2v * factor)),
                    num_latents=max(8, round(recipe.num_latents * factor)))

@@ -9,13 +9,16 @@ from .distributed import Workers
 from .dit_stage import train_dit
 from .latents import cache_latents
 from .recipe import Recipe
+from .ti2v_cache import cache_ti2v_latents
+from .ti2v_stage import train_ti2v
 from .vae_stage import train_decoder, train_vae
 
-_TRAINERS = {"vae": train_vae, "latents": cache_latents, "dit": train_dit, "decoder": train_decoder}
+_TRAINERS = {"vae": train_vae, "latents": cache_latents, "dit": train_dit, "decoder": train_decoder,
+             "ti2v_latents": cache_ti2v_latents, "ti2v": train_ti2v}
 
 
 def run_stage(workers: Workers, stage: str, recipe: Recipe, work: Path) -> None:
-    """Run ``vae``, ``latents``, ``dit`` or ``decoder`` in one process of the group."""
+    """Run the stage ``vae``, ``latents``, ``dit``, ``decoder``, ``ti2v_latents`` or ``ti2v`` in one process of the group."""
     level = logging.INFO if workers.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s")
     _TRAINERS[stage](workers, recipe, work)

@@ -12,23 +12,24 @@ import pytest
 import torch
 from torch import nn
 
-from allegro_model.dit import AllegroDiT
-from allegro_model.loading import load_vae
+from allegro_model.dit import AllegroDiT, AllegroTI2V
+from allegro_model.loading import load_dit, load_vae
 from allegro_model.loading.defaults import bundled_model
 from allegro_model.sampling.schedule import alphas_cumprod
 from allegro_model.text import clean_caption
 from allegro_model.training import losses
 from allegro_model.training.analyse import analyse, compare
-from allegro_model.training.captions import opposite, write_caption
+from allegro_model.training.captions import opposite, write_caption, write_motion
 from allegro_model.training.data import draw_attributes, make_clip
 from allegro_model.training.distributed import Workers
 from allegro_model.training.evaluate import evaluation_cases
-from allegro_model.training.initialise import initialise_dit, initialise_vae
+from allegro_model.training.initialise import initialise_dit, initialise_ti2v, initialise_vae
 from allegro_model.training.loop import Loop, LoopSettings, step_generator
-from allegro_model.training.palette import combinations
+from allegro_model.training.palette import BACKGROUND_COLOURS, OBJECT_COLOURS, combinations
 from allegro_model.training.preview import cells, fit_colours
 from allegro_model.training.recipe import TINY_DIT, TINY_VAE
 from allegro_model.training.scenes import Canvas
+from allegro_model.training.ti2v_cache import keep, make_ti2v_clip, third_positions
 from allegro_model.training.tokenizer import save_tokenizer
 from allegro_model.training.vae_stage import psnr
 from allegro_model.vae import VideoVAE
@@ -93,6 +94,18 @@ def test_object_weight_counts_the_object_and_its_border_five_times() -> None:
     near, far = weight[0, 0, 1, 3, 5], weight[0, 0, 1, 0, 0]
     assert (near / far).item() == pytest.approx(5.0)
     assert int((weight > far).sum()) == 27
+
+
+def test_given_frames_count_nine_times_and_their_neighbours_five_times() -> None:
+    frames = torch.zeros(3, 24, 16, 16)
+    mask = torch.cat([keep(frames, positions).latent_mask(1, 1)[..., 0, 0] for positions in ([0], [6, 23], range(24))])
+    weight = losses.given_weight(losses.given_frames(mask))
+    assert weight.shape == (3, 1, 6, 1, 1)
+    assert torch.allclose(weight.mean(dim=2), torch.tensor(1.0))
+    relative = (weight / weight.amin(dim=2, keepdim=True)).flatten(1).tolist()
+    assert relative[0] == pytest.approx([9, 5, 1, 1, 1, 1])
+    assert relative[1] == pytest.approx([5, 9, 5, 1, 5, 9])  # pixel frame 6 is in latent frame 1
+    assert relative[2] == pytest.approx([1] * 6)
 
 
 def test_kl_matches_torch_distributions() -> None:
@@ -198,6 +211,46 @@ def test_the_analysis_tells_wrong_clips_apart() -> None:
             assert analyse(still, clip.attributes["kind"])["direction"] == "none"
 
 
+def test_image_to_video_clips_mostly_begin_in_mid_motion() -> None:
+    canvas, whole, moved = Canvas(96, 64, 8), 0, 0
+    for seed in range(40):
+        clip, drawn = make_ti2v_clip(seed, canvas), make_clip(seed, canvas)
+        assert clip.attributes == drawn.attributes
+        assert clip.frames.shape == drawn.frames.shape
+        if np.array_equal(clip.frames, drawn.frames):
+            whole += 1
+            continue
+        moved += 1
+        assert clip.attributes["kind"] != "ball"
+        assert np.array_equal(clip.frames, make_clip(seed, Canvas(96, 64, 16)).frames[8:])
+    assert moved > 10
+    assert whole > 10
+
+
+def test_the_third_canvas_holds_starts_ends_and_others() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [third_positions(rng, 24) for _ in range(2000)]
+    assert all(p == sorted(set(p)) and 0 <= p[0] and p[-1] < 24 for p in drawn)
+    starts = [p for p in drawn if p == list(range(len(p)))]
+    ends = [p for p in drawn if p == list(range(24 - len(p), 24)) and p not in starts]
+    assert len(starts) / 2000 == pytest.approx(0.42, abs=0.04)  # and those of the other kinds that happen to be one
+    assert len(ends) / 2000 == pytest.approx(0.40, abs=0.04)
+    assert {len(p) for p in starts} == set(range(1, 25))
+    assert sum(p == [23] for p in drawn) / 2000 == pytest.approx(0.25, abs=0.04)
+
+
+def test_motion_captions_name_no_colour_and_use_known_words(tmp_path: Path) -> None:
+    from transformers import T5TokenizerFast
+
+    tokenizer = T5TokenizerFast.from_pretrained(save_tokenizer(tmp_path))
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        caption = write_motion(draw_attributes(rng), rng)
+        assert clean_caption(caption) == caption
+        assert not set(caption.split()) & {*OBJECT_COLOURS, *BACKGROUND_COLOURS, "orange", "grass", "wooden"}
+        assert len(tokenizer(caption).input_ids) == len(caption.split()) + 1
+
+
 # Starting values
 
 
@@ -216,6 +269,18 @@ def test_an_untrained_dit_returns_its_input() -> None:
     with torch.no_grad():
         eps = dit(noise, torch.tensor([999.0, 500.0]), torch.randn(2, 5, 64), None)
     assert (eps - noise).square().mean().sqrt() < 0.15
+
+
+def test_image_to_video_starts_as_text_to_video() -> None:
+    torch.manual_seed(0)
+    plain, given = AllegroDiT(TINY_DIT), AllegroTI2V(TINY_DIT)
+    initialise_ti2v(given, plain.state_dict())
+    noisy, condition, embeds = torch.randn(1, 4, 6, 8, 12), torch.randn(1, 8, 6, 8, 12), torch.randn(1, 5, 64)
+    with torch.no_grad():
+        expected = plain(noisy, torch.tensor([500.0]), embeds, None)
+        found = given(torch.cat((noisy, condition), dim=1), torch.tensor([500.0]), embeds, None)
+    assert torch.equal(found, expected)
+    assert torch.equal(given.pos_embed_mask[0].proj.weight, plain.pos_embed.proj.weight)
 
 
 # The loop
@@ -336,9 +401,10 @@ def test_previews_of_the_bundled_model_show_clips_it_was_not_fitted_to() -> None
 def test_the_command_makes_a_model_folder_that_loads(tmp_path: Path) -> None:
     from allegro_model import AllegroPipeline
 
-    command = [sys.executable, "-m", "allegro_model.training", "--out", str(tmp_path), "--scale", "0.0002",
-               "--processes", "2", "--stages", "tokenizer", "vae", "latents", "dit", "decoder", "export"]
+    command = [sys.executable, "-m", "allegro_model.training", "--out", str(tmp_path / "made"), "--scale", "0.0002",
+               "--processes", "2", "--stages", "tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "export"]
     subprocess.run(command, check=True, env=_environment(), cwd=tmp_path)
-    frames = AllegroPipeline.from_pretrained(tmp_path)("a red circle moving left on a blue background", num_steps=2)
+    frames = AllegroPipeline.from_pretrained(tmp_path / "made")("a red circle moving left on a blue background", num_steps=2)
     assert frames.shape == (1, 3, 24, 64, 96)
     assert torch.isfinite(frames).all()
+    assert isinstance(load_dit(tmp_path / "made-ti2v"), AllegroTI2V)

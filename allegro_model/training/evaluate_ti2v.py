@@ -1,0 +1,162 @@
+"""Measures the image-to-video model: do given pictures come back, and does the caption move them?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..conditioning import build_condition
+from ..config import SamplingConfig
+from ..loading import load_sampling_defaults
+from ..vae.scaling import denormalise, normalise
+from .analyse import analyse
+from .captions import Attributes, write_caption, write_motion
+from .data import draw_attributes, render
+from .evaluate import Case, Encode, load_models, sample_latents, to_frames
+from .palette import combinations
+from .recipe import CANVAS
+from .ti2v_cache import keep
+from .vae_stage import to_tensor
+
+#: Frames that are given, by name of the task.
+TASKS = {"first": (0,), "both": (0, CANVAS.num_frames - 1), "last": (CANVAS.num_frames - 1,), "continue": tuple(range(8))}
+
+
+@dataclass(frozen=True)
+class GivenCase:
+    """A drawn clip of which some frames are given, and the caption for the rest.
+
+    Attributes:
+        case: caption, seed and attributes.
+        frames: the drawn clip, uint8 ``[T, H, W, 3]``.
+        positions: which of its frames are given.
+    """
+
+    case: Case
+    frames: np.ndarray
+    positions: tuple[int, ...]
+
+
+def _given(attributes: Attributes, caption: str, seed: int, task: str) -> GivenCase:
+    rng = np.random.default_rng(seed)
+    if attributes["kind"] in ("shape", "sea"):  # begin near the middle, from where only the caption knows the way
+        frames = render(attributes, rng, replace(CANVAS, num_frames=2 * CANVAS.num_frames))[CANVAS.num_frames :]
+    else:
+        frames = render(attributes, rng, CANVAS)
+    return GivenCase(Case(caption, seed, attributes), frames, TASKS[task])
+
+
+def shape_cases(task: str, count: int, *, named: bool = True) -> list[GivenCase]:
+    """Return fixed cases of held-out combinations of colours, shape and direction.
+
+    Args:
+        task: of ``TASKS``.
+        count: of cases.
+        named: whether the caption names the colours and the shape, or the motion alone.
+    """
+    rng = np.random.default_rng(30_000 + list(TASKS).index(task) + (10 if named else 0))
+    pool = combinations(held_out=True)
+    order = rng.permutation(len(pool))
+    cases = []
+    for number in range(count):
+        values = pool[int(order[number % len(pool)])]
+        attributes = {"kind": "shape", **dict(zip(("object", "background", "shape", "direction"), values, strict=True))}
+        caption = write_caption(attributes, rng) if named else write_motion(attributes, rng)
+        cases.append(_given(attributes, caption, 40_000 + number, task))
+    return cases
+
+
+def scene_cases(kind: str, count: int) -> list[GivenCase]:
+    """Return fixed cases of the sea, the clouds or the ball with their first frame given; the wordings are held out."""
+    rng = np.random.default_rng(31_000)
+    cases: list[GivenCase] = []
+    while len(cases) < count:
+        attributes = draw_attributes(rng)
+        if attributes["kind"] != kind:
+            continue
+        try:
+            caption = write_caption(attributes, rng, held_out=True)
+        except LookupError:  # every wording of these attributes is in the training part
+            continue
+        cases.append(_given(attributes, caption, 41_000 + len(cases), "first"))
+    return cases
+
+
+def generate_given(models: tuple[Any, Encode, Any], cases: Sequence[GivenCase], sampling: SamplingConfig, *,
+                   batch: int = 16) -> list[np.ndarray]:
+    """Generate the clips of all cases, uint8 ``[T, H, W, 3]`` each; arguments as in ``evaluate.generate``."""
+    dit, encode, vae = models
+    clips = []
+    for first in range(0, len(cases), batch):
+        part, conditions = cases[first : first + batch], []
+        for each in part:
+            given = keep(to_tensor(each.frames), each.positions)
+            mean = vae.encode(given.canvas())[0]
+            conditions.append(build_condition(normalise(mean, vae.config.scale_factor), given))
+        latents = sample_latents(dit, encode, [each.case for each in part], sampling, condition=torch.cat(conditions))
+        for item in denormalise(latents, vae.config.scale_factor).split(1):
+            clips.append(to_frames(vae.decode(item)[0]))
+    return clips
+
+
+def frame_psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB of uint8 pictures."""
+    return float(-10 * np.log10(((a.astype(np.float64) - b) ** 2).mean() / 255**2))
+
+
+def reproduction(vae: Any, cases: Sequence[GivenCase], clips: Sequence[np.ndarray]) -> list[float]:
+    """How many dB each given picture loses against what the VAE alone keeps of it.
+
+    The VAE's own reconstruction is that of the frame within its drawn clip, which is better than that of a lone frame.
+    For a continuation only the first and the last given frame count.
+
+    Returns:
+        Per case and given picture: PSNR of the VAE's reconstruction minus PSNR of the generated frame.
+    """
+    losses = []
+    for each, clip in zip(cases, clips, strict=True):
+        kept = to_frames(vae.decode(vae.encode(to_tensor(each.frames)[None])[0])[0])
+        for position in sorted({each.positions[0], each.positions[-1]}):
+            drawn = each.frames[position]
+            losses.append(frame_psnr(kept[position], drawn) - frame_psnr(clip[position], drawn))
+    return losses
+
+
+def join_jump(clip: np.ndarray, position: int) -> float:
+    """Mean change from frame ``position - 1`` to ``position``, in units of the median change between frames."""
+    changes = np.abs(np.diff(clip.astype(np.float32), axis=0)).mean(axis=(1, 2, 3))
+    return float(changes[position - 1] / max(1e-6, float(np.median(changes))))
+
+
+def score_given(cases: Sequence[GivenCase], clips: Sequence[np.ndarray]) -> dict[str, tuple[int, int]]:
+    """Return (right, total) per ``kind.attribute``, whether the caption names it or only the picture shows it."""
+    results: dict[str, list[bool]] = defaultdict(list)
+    for each, clip in zip(cases, clips, strict=True):
+        kind = each.case.attributes["kind"]
+        found = analyse(clip, kind)
+        for name, value in each.case.attributes.items():
+            if name != "kind":
+                results[f"{kind}.{name}"].append(found[name] == value)
+    return {name: (sum(values), len(values)) for name, values in sorted(results.items())}
+
+
+def evaluate_ti2v_folder(folder: Path) -> dict[str, Any]:
+    """Return what is right per task, and the dB that given pictures lose (median, worst)."""
+    models, sampling = load_models(folder), load_sampling_defaults(folder)
+    groups = {"first": shape_cases("first", 32), "motion only": shape_cases("first", 32, named=False),
+              **{task: shape_cases(task, 16) for task in TASKS if task != "first"},
+              **{kind: scene_cases(kind, 8) for kind in ("sea", "clouds", "ball")}}
+    report: dict[str, Any] = {}
+    for name, cases in groups.items():
+        clips = generate_given(models, cases, sampling)
+        losses = reproduction(models[2], cases, clips)
+        report[name] = {**score_given(cases, clips), "loss in dB": (float(np.median(losses)), max(losses))}
+        if name == "continue":
+            report[name]["jump at the join"] = max(join_jump(clip, len(TASKS[name])) for clip in clips)
+    return report
