@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from ..errors import (
     AllegroError,
     Cancelled,
@@ -68,20 +69,9 @@ def exit_code_table() -> str:
     return "\n".join(f"  {code:>3}  {meaning}" for code, meaning in rows)
 
 
-def project_version() -> str:
-    """The version of this project, installed or run from its folder."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version("allegro-video")
-    with suppress(OSError):
-        text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8")
-        if found := re.search(r'^version = "(.+)"$', text, re.MULTILINE):
-            return found.group(1)
-    return "unknown"
-
-
 def versions() -> dict[str, str | None]:
     """Versions of everything that can change a result."""
-    found: dict[str, str | None] = {"allegro-video": project_version(), "python": platform.python_version(),
+    found: dict[str, str | None] = {"allegro-video": __version__, "python": platform.python_version(),
                                     "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in ("transformers", "safetensors", "imageio-ffmpeg"):
         found[package] = None

@@ -1,5 +1,6 @@
 """Checkpoints: finding files, recognising them, building models from them."""
 
+from ..tensors import check_tensors
 from .build import load_dit, load_text_encoder, load_vae
 from .defaults import (
     bundled_interpolator,
@@ -22,7 +23,7 @@ from .files import (
 )
 from .interpolator import interpolator_metadata, load_interpolator, read_pickled_interpolator
 from .lora import apply_loras, lora_file, read_lora
-from .source import Source, check_tensors, open_source, read_tensors
+from .source import Source, open_source, read_tensors
 
 __all__ = [
     "Checkpoint",

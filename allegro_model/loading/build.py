@@ -14,13 +14,14 @@ from ..config import SAMPLING_88X720P, DiTConfig, VAEConfig
 from ..dit import AllegroDiT, AllegroTI2V
 from ..errors import CheckpointError, CheckpointMismatch
 from ..ops import unfilled
+from ..tensors import check_tensors
 from ..text import TextEncoder, build_text_encoder, has_tokenizer
 from ..vae import VideoVAE
 from .defaults import stated_text_length
 from .dimensions import dit_config_from_shapes, t5_config_from_shapes, t5_shapes, vae_config_from_shapes
 from .files import component_folder
 from .lora import apply_loras
-from .source import Source, check_tensors, config_of, open_source, read_tensors, with_article
+from .source import Source, config_of, open_source, read_tensors, with_article
 
 Part = Literal["full", "encoder", "decoder"]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ..config import VFI_PRESETS, VFIConfig
 from ..errors import CheckpointError, MissingDependency, UnsupportedCheckpoint
 from ..ops import CastParam, cast_like
+from ..tensors import check_tensors
 from ..vfi import EMAVFI
 from .detect import identify
 from .header import looks_pickled
 from .keymaps import native_names, split_prefixes
-from .source import WANTED, Source, check_tensors, config_of, open_source, read_tensors, with_article
+from .source import WANTED, Source, config_of, open_source, read_tensors, with_article
 
 # Entries of a file's metadata: a name of `VFI_PRESETS`, if it is one of them, and "true" or "false".
 VARIANT_KEY, ARBITRARY_TIME_KEY = "ema_vfi.variant", "ema_vfi.arbitrary_time"

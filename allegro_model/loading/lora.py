@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, CheckpointMismatch, ScheduleError, UnsupportedCheckpoint
+from ..tensors import shorten
 from .defaults import bundled_loras
 from .detect import identify
 from .files import Header, map_tensors, read_header, read_json
 from .quant import check_storage
-from .source import shorten, with_article
+from .source import with_article
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
+from ..errors import CheckpointError, UnsupportedCheckpoint
+from ..tensors import shorten
 from . import keymaps
 from .detect import MARKS, CheckpointInfo, identify
 from .files import Header, map_tensors, read_header
@@ -18,7 +19,6 @@ from .quant import check_storage, common_dtype, companions, dequantise
 
 Config = TypeVar("Config")
 
-_SHOWN = 8  # names per list in a message
 _BATCH_BYTES = 512 * 2**20  # mapped at a time while weights are converted
 
 WANTED = {
@@ -92,37 +92,6 @@ def config_of(source: Source, derive: Callable[..., Config]) -> Config:
         raise type(error)(f"{source.path}: {error}") from error
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, what: str
-) -> None:
-    """Compares names and shapes strictly.
-
-    Args:
-        expected: of our module.
-        found: of the checkpoint, under our names.
-        what: begins the message, e.g. "FILE, an Allegro VideoVAE,".
-    Raises:
-        CheckpointMismatch: with sorted, shortened lists of what is missing, unexpected and of another shape.
-    """
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    reshaped = [
-        f"{name} is {list(found[name])}, expected {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    lists = [
-        f"{label} ({len(names)}): {shorten(names)}."
-        for label, names in (("Missing", missing), ("Unexpected", unexpected), ("Other shapes", reshaped))
-        if names
-    ]
-    if lists:
-        raise CheckpointMismatch(
-            f"{what} does not fit: {len(found)} tensors found, {len(expected)} expected. "
-            f"{' '.join(lists)} The file is damaged or was changed; download it again."
-        )
-
-
 def read_tensors(
     source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
@@ -172,8 +141,3 @@ def _lists(header: Header, family: str) -> str:
         f"It holds {len(header.tensors)} tensors: {shorten(sorted(header.tensors))}. "
         f"Expected tensors such as: {shorten(MARKS[family])}."
     )
-
-
-def shorten(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else "")

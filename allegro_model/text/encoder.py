@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatch, MissingDependency, TextError, UnsupportedCheckpoint
+from ..tensors import check_tensors
 from .tokenizer import Tokenizer, load_tokenizer
 from .unicode_repair import join_surrogates
 
@@ -27,7 +28,6 @@ _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 _DETAILS = (
     "relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj",
 )  # fmt: skip
-_SHOWN = 8  # names per list in a message
 
 
 class TextEncoder:
@@ -170,32 +170,9 @@ def _assign(model: Any, tensors: Mapping[str, Tensor]) -> None:
     alias = state.pop(_EMBEDDING_ALIAS, None)
     if alias is not None:
         state.setdefault(_EMBEDDING, alias)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name != _EMBEDDING_ALIAS}
-    _compare(expected, {name: tensor.shape for name, tensor in state.items()})
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _EMBEDDING_ALIAS}
+    check_tensors(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, what="the text encoder")
     model.load_state_dict({**state, _EMBEDDING_ALIAS: state[_EMBEDDING]}, strict=True, assign=True)
     # Versions of transformers differ in whether the two names are one module.
     model.set_input_embeddings(model.shared)
     model.requires_grad_(False).eval()
-
-
-def _compare(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
-    lists = {
-        "Missing": sorted(expected.keys() - found.keys()),
-        "Unexpected": sorted(found.keys() - expected.keys()),
-        "Other shapes": [
-            f"{name} is {list(found[name])}, expected {list(expected[name])}"
-            for name in sorted(expected.keys() & found.keys())
-            if expected[name] != found[name]
-        ],
-    }
-    differences = [f"{label} ({len(names)}): {_shorten(names)}." for label, names in lists.items() if names]
-    if differences:
-        raise CheckpointMismatch(
-            f"The text encoder does not fit its config: {len(found)} tensors found, {len(expected)} expected. "
-            f"{' '.join(differences)} The file is incomplete or of another model; download it again."
-        )
-
-
-def _shorten(names: Sequence[str]) -> str:
-    more = f", ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

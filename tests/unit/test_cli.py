@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from snapshot import write_snapshot
 
-from allegro_model import cli, memory
+from allegro_model import __version__, cli, memory
 from allegro_model.cli import console
 from allegro_model.cli.console import Console, duration, size
 from allegro_model.cli.report import EXIT_CODES, exit_code
@@ -96,7 +96,7 @@ def test_generate(allegro: Run) -> None:
                 "sampler": "euler_ancestral", "seed": 7, "denoise": 1.0}
     assert read_metadata("clip.mp4") == {
         "prompt": PROMPT, "negative": "blurry", "template": False, "clean": True, "model": "Small", "fps": 8.0,
-        "settings": settings, "version": "0.1.0"}
+        "settings": settings, "version": __version__}
 
 
 @pytest.mark.parametrize(("output", "written"), [
@@ -866,7 +866,7 @@ def test_help(allegro: Run) -> None:
         assert code == 0
         assert f"examples:\n  allegro {command} " in text
         assert "130  cancelled with Ctrl-C" in text
-    assert allegro("--version", with_model=False)[:2] == (0, "allegro 0.1.0\n")
+    assert allegro("--version", with_model=False)[:2] == (0, f"allegro {__version__}\n")
     code, _, err = allegro("generate", "--seed", "x", with_model=False)
     assert code == 2
     assert err.endswith("argument --seed: invalid int value: 'x'\nTry: allegro generate --help\n")

@@ -139,9 +139,10 @@ def test_registry_metadata() -> None:
     assert 'requires-comfyui = ">=0.3.64"' in comfy
 
 
-def test_version_is_in_the_changelog_or_still_to_come() -> None:
+def test_version_is_the_same_everywhere_and_in_the_changelog() -> None:
     version = re.search(r'^version = "(.*)"', pyproject(), re.MULTILINE)
     assert version is not None
+    assert f'__version__ = "{version.group(1)}"' in (ROOT / "allegro_model" / "__init__.py").read_text(encoding="utf-8")
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{version.group(1)}]" in changelog or "## [Unreleased]" in changelog
 
