@@ -40,7 +40,7 @@ class ColourMatch(NamedTuple):
 
     def apply(self, frames: Tensor) -> Tensor:
         """[..., 3, n, H, W] in [-1, 1] -> the same with the other colours."""
-        return (frames * self.gain.to(frames) + self.shift.to(frames)).clamp(-1, 1)
+        return (frames * self.gain.to(frames)).add_(self.shift.to(frames)).clamp_(-1, 1)
 
 
 def join_clips(first: Tensor, second: Tensor, overlap: int, *, adjust: Adjust = "second") -> Tensor:

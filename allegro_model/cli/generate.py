@@ -14,8 +14,18 @@ from ..pipeline import PromptEmbeds, SampleState
 from ..sampling import StepInfo
 from ..vfi import FrameTimes
 from .console import size
+from .given import given_frames, join_latents, joiner, joins_video, kept_latents
 from .interpolate import Smoothing, open_smoothing
-from .job import Job, check_clip_space, keep_latents, lora_options, model_name, write_bytes, write_clip
+from .job import (
+    Job,
+    check_clip_space,
+    keep_latents,
+    lora_options,
+    model_name,
+    transformer_name,
+    write_bytes,
+    write_clip,
+)
 from .plan import Plan, make_plan
 from .report import UsageError
 
@@ -37,17 +47,19 @@ def generate(job: Job) -> None:
         if not state.finished:
             _save_unfinished(job, plan, state)
             return
-        latents = plan.pipeline.raw_latents(state)
+        latents = join_latents(plan.given, plan.pipeline.raw_latents(state))
         if plan.latents is not None:
             write_bytes(plan.latents, pack_latents(latents, plan.metadata), force=job.force)
             job.report.facts["latents"] = str(plan.latents)
         assert plan.output is not None
+        join = joiner(plan.given)
         if smoothing is None:
-            write_clip(job, plan.pipeline, latents, plan.output, fps=plan.fps, metadata=plan.metadata)
+            write_clip(job, plan.pipeline, latents, plan.output, fps=plan.fps, metadata=plan.metadata, through=join)
         else:
             fps = smoothing.times.output_fps(plan.fps)
             metadata = {**plan.metadata, "fps": fps, "interpolation": smoothing.settings}
-            write_clip(job, plan.pipeline, latents, plan.output, fps=fps, metadata=metadata, through=smoothing.stream)
+            write_clip(job, plan.pipeline, latents, plan.output, fps=fps, metadata=metadata,
+                       through=lambda frames: smoothing.stream(join(frames)))
     except BaseException:  # whatever it is, hours of sampling must not be lost
         _rescue(job, plan, state)
         raise
@@ -94,7 +106,13 @@ def _first_state(job: Job, plan: Plan) -> SampleState:
         with (job.report.measure("encoding the video", plan.pipeline.device),
               job.console.progress("Encoding the video", "tile") as bar):
             latents = plan.pipeline.encode(latents[None], progress=bar.update)
-    return plan.pipeline.start(plan.settings, latents)
+    if plan.given is None:
+        return plan.pipeline.start(plan.settings, latents)
+    with (job.report.measure("encoding the given frames", plan.pipeline.device),
+          job.console.progress("Encoding the given frames", "tile") as bar):
+        condition = plan.pipeline.condition(given_frames(plan.given, plan.pipeline), progress=bar.update)
+    kept, kept_start = kept_latents(plan.given)
+    return plan.pipeline.start(plan.settings, latents, condition=condition, kept=kept, kept_start=kept_start)
 
 
 def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> SampleState:
@@ -102,7 +120,7 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
     s, pipeline = plan.settings, plan.pipeline
     kernel = getattr(best_attention(pipeline.device, pipeline.dit_dtype), "__name__", "unnamed")
     job.console.say(
-        f"{' + '.join([model_name(job), *_loras(plan)])}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of "
+        f"{' + '.join([transformer_name(job) or model_name(job), *_loras(plan)])}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of "
         f"{s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
         f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel}, no step "
         f"cache, about {size(pipeline.sampling_bytes(s))} of working memory")
@@ -140,20 +158,21 @@ def _save_unfinished(job: Job, plan: Plan, state: SampleState) -> None:
 
 def _rescue(job: Job, plan: Plan, state: SampleState) -> None:
     """Keeps what was sampled, finished or not, unless it lies already where the user wanted it."""
-    if "latents" in job.report.facts:
+    if "latents" in job.report.facts and not joins_video(plan.given):
         path: Path | None = Path(job.report.facts["latents"])
         finished = state.finished
     else:
         data, finished = _pack(plan, state)
         beside = plan.output or plan.latents
         assert beside is not None
-        path = keep_latents(job, data, wanted=plan.latents, beside=beside)
+        wanted = None if "latents" in job.report.facts else plan.latents
+        path = keep_latents(job, data, wanted=wanted, beside=beside)
     if path is None:
         return
     job.report.facts["latents"] = str(path)
     if finished:
         job.remarks.append(f"The finished latents are in {path}. Decode them with: allegro decode "
-                           f"{shlex.quote(str(path))}{_output_and_model(job, plan)}")
+                           f"{shlex.quote(str(path))}{_options(job, plan)}")
     else:
         job.report.facts["step"] = state.step
         job.remarks.append(_how_to_resume(job, plan, state, path))
@@ -161,23 +180,24 @@ def _rescue(job: Job, plan: Plan, state: SampleState) -> None:
 
 def _pack(plan: Plan, state: SampleState) -> tuple[bytes, bool]:
     """(a file of the state, whether it is one of finished latents)."""
-    if state.finished:
+    if state.finished and not joins_video(plan.given):
         # Whatever is wrong with the VAE, whose scale this needs: the state itself can always be kept.
         with suppress(Exception):
-            return pack_latents(plan.pipeline.raw_latents(state), plan.metadata), True
+            return pack_latents(join_latents(plan.given, plan.pipeline.raw_latents(state)), plan.metadata), True
     return pack_state(state, plan.metadata), False
 
 
 def _how_to_resume(job: Job, plan: Plan, state: SampleState, path: Path) -> str:
     return (f"{state.step} of {plan.settings.num_steps} steps are saved. Go on with: allegro generate --resume "
-            f"{shlex.quote(str(path))}{_output_and_model(job, plan)}{lora_options(job.args.lora)}"
-            f"{_interpolate_options(job)}")
+            f"{shlex.quote(str(path))}{_options(job, plan, 'transformer', 'continue_from', 'prepend_to')}"
+            f"{' --new-part' * job.args.new_part}{lora_options(job.args.lora)}{_interpolate_options(job)}")
 
 
-def _output_and_model(job: Job, plan: Plan) -> str:
-    """The end of a command line that goes on with this run."""
-    model = f" --model {shlex.quote(job.args.model)}" if job.args.model else ""
-    return f" -o {shlex.quote(str(plan.output or 'clip.mp4'))}{model}"
+def _options(job: Job, plan: Plan, *names: str) -> str:
+    """The end of a command line that goes on with this run: output, model and others as they were given."""
+    given = {name: getattr(job.args, name) for name in ("model", *names)}
+    words = "".join(f" --{name.replace('_', '-')} {shlex.quote(value)}" for name, value in given.items() if value)
+    return f" -o {shlex.quote(str(plan.output or 'clip.mp4'))}{words}"
 
 
 def _interpolate_options(job: Job) -> str:

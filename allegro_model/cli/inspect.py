@@ -102,4 +102,6 @@ def _lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
         yield from _lines(part, indent)
     for name, component in facts.get("components", {}).items():
         title = f"{name}: {component.get('title', 'damaged')}"
+        if "shared_from" in component:
+            title += f", from {component['shared_from']}"
         yield from _lines({"family": name, **component, "title": title}, indent)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import AllegroError, CheckpointError, GeometryError, OutputError
 from ..latents import read_latents
-from ..loading import lora_file, read_header
+from ..loading import bundled_models, lora_file, read_header
 from ..media import (
     atomic_file,
     check_clip_output,
@@ -35,12 +35,14 @@ from ..media.atomic import writing
 from ..pipeline import AllegroPipeline, check_finite
 from ..vae import Tiling
 from .console import Console
+from .parser import BUNDLED
 from .report import Report, UsageError
 
 LATENTS_SUFFIX = ".safetensors"
-BUNDLED = "tiny"
 # For each pixel: an unfinished run holds two tensors of 4 channels, float32, for every 4 x 8 x 8 pixels.
 _LATENT_BYTES = 2 * 4 * 4 / 256
+
+Through = Callable[[Iterable[Tensor]], Iterable[Tensor]]
 
 
 @dataclass
@@ -175,12 +177,13 @@ def open_model(job: Job) -> AllegroPipeline:
     args = job.args
     check_device(args.device)
     model = args.model or BUNDLED
-    if model != BUNDLED and not Path(model).is_dir():
-        raise CheckpointError(f"--model {model}: there is no such folder. Give a model folder, with "
-                              f'transformer/, vae/, text_encoder/ and tokenizer/ in it, or "{BUNDLED}".')
+    if model not in bundled_models() and not Path(model).is_dir():
+        raise CheckpointError(f"--model {model}: there is no such folder. Give a model folder, with transformer/, vae/, "
+                              f"text_encoder/ and tokenizer/ in it, or a bundled model: {', '.join(bundled_models())}.")
     dtype = getattr(args, "dtype", "auto")
     pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=dtype,
-                                               loras=getattr(args, "lora", ()))
+                                               loras=getattr(args, "lora", ()),
+                                               transformer=getattr(args, "transformer", None))
     pipeline.tiling = _tiling(args, pipeline)
     job.report.facts["model"] = model_name(job)
     job.report.facts["device"] = str(pipeline.device)
@@ -189,7 +192,16 @@ def open_model(job: Job) -> AllegroPipeline:
 
 def model_name(job: Job) -> str:
     """Name of the model, to be kept in files: the folder's own, since its path is nobody else's business."""
-    return BUNDLED if job.args.model in (None, BUNDLED) else Path(job.args.model).resolve().name
+    model = job.args.model or BUNDLED
+    return model if model in bundled_models() else Path(model).resolve().name
+
+
+def transformer_name(job: Job) -> str | None:
+    """Name of --transformer, to be kept in files, or None: that of the file, or of the model's folder."""
+    if getattr(job.args, "transformer", None) is None:
+        return None
+    path = Path(job.args.transformer).resolve()
+    return path.parent.name if path.name == "transformer" else path.name
 
 
 def check_model_of(job: Job, path: str, saved: Mapping[str, Any]) -> None:
@@ -203,7 +215,8 @@ def check_model_of(job: Job, path: str, saved: Mapping[str, Any]) -> None:
     """
     name = saved.get("model")
     if name is not None and model_name(job) != name:
-        hint = "leave out --model" if name == BUNDLED else f"give the folder of {name} with --model"
+        hint = ("leave out --model" if name == BUNDLED else f"give --model {name}" if name in bundled_models() else
+                f"give the folder of {name} with --model")
         raise UsageError(f"{path} was made with the model {name}, not {model_name(job)}: {hint}.")
 
 
@@ -300,7 +313,7 @@ def write_bytes(path: Path, data: bytes, *, force: bool) -> None:
 
 
 def write_clip(job: Job, pipeline: AllegroPipeline, latents: Tensor, path: Path, *, fps: float,
-               metadata: Mapping[str, Any], through: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter) -> None:
+               metadata: Mapping[str, Any], through: Through = iter) -> None:
     """Decodes raw latents [1, 4, t, h, w] straight into a clip.
 
     Args:

@@ -9,14 +9,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
+from ..conditioning import FITS
+from ..loading import bundled_models
 from ..media import FORMATS, QUALITIES
 from ..pipeline import DTYPES
 from ..sampling import SAMPLERS
 from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
 from .report import EXIT_USAGE, exit_code_table
 
+BUNDLED = "tiny"  # the default model
+
 _MAIN = """\
-Text to video with Allegro.
+Text to video and image to video with Allegro.
 
 examples:
   allegro generate "a red circle moves to the right on a blue background" -o clip.mp4
@@ -37,6 +41,20 @@ examples:
   allegro generate "a green square moves down on a white background" -o clip.mp4
   allegro generate "waves at night" -o waves.webm --model models/Allegro --save-latents waves.safetensors
   allegro generate "the same street in snow" -o snow.mp4 --init-video street.mp4 --denoise 0.7
+
+With an image-to-video model, frames can be given. Pictures may have any size; of a video, the first frame is
+taken. Positions count from 0, or from the end when negative:
+  allegro generate "the sun rises" -o a.mp4 --model tiny-ti2v --first-frame sea.png
+  allegro generate "the sun rises" -o b.mp4 --model tiny-ti2v --first-frame sea.png --last-frame day.png
+  allegro generate "the sun rises" -o c.mp4 --model tiny-ti2v --keyframe 8=low.png --keyframe -4=high.png
+  allegro generate "the sun rises" -o d.mp4 --model models/Allegro --transformer models/Allegro-TI2V --loop sea.png
+
+--continue-from CLIP begins with the last frames of a clip and writes both as one video: no frame twice, colours
+of the new part matched to the clip. --prepend-to puts something in front likewise. Given latents (.safetensors
+of --save-latents or encode), the shared frames are kept as they are, both are decoded as one, and --save-latents
+holds both, ready to be continued once more:
+  allegro generate "the sun rises" -o long.mp4 --model tiny-ti2v --continue-from a.mp4
+  allegro generate "clouds appear" -o longer.mp4 --model tiny-ti2v --continue-from long.safetensors --keep-frames 8
 
 A long run in two halves, equal to one run:
   allegro generate "a lighthouse" --steps 100 --stop-at-step 50 --save-latents half.safetensors
@@ -119,13 +137,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv: arguments without the program's name; default those of the process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    prepared: list[str] = []
     for index, (word, following) in enumerate(zip(words, [*words[1:], ""], strict=True)):
         if word == "--":
+            prepared += words[index:]
             break
-        # The file is optional: argparse alone would take any word that follows, such as the prompt.
-        if word == "--json" and not _is_report(following):
-            words[index] = "--json=-"
-    return build_parser().parse_args(words)
+        if prepared and prepared[-1] == "--keyframe" and re.match(r"-\d", word):
+            # argparse alone would take -1=last.png, a position that counts from the end, for an option.
+            prepared[-1] += f"={word}"
+        elif word == "--json" and not _is_report(following):
+            # The file is optional: argparse alone would take any word that follows, such as the prompt.
+            prepared.append("--json=-")
+        else:
+            prepared.append(word)
+    return build_parser().parse_args(prepared)
 
 
 def _is_report(word: str) -> bool:
@@ -161,6 +186,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
                        help="start from a video, or from latents made by encode")
     group.add_argument("--denoise", type=float, metavar="X",
                        help="share of --init-video that is drawn anew, above 0 to 1 (default 0.6)")
+    _add_given(parser)
     group = parser.add_argument_group("size and quality; default: what the model was made for")
     group.add_argument("--frames", type=int, metavar="N", help="a multiple of 4")
     group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
@@ -181,16 +207,34 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
                        help="so many frames for each, 2 to 64, at N times the rate; see allegro interpolate")
     group.add_argument("--interpolator", metavar="FILE",
                        help="the model for it (.safetensors); default the bundled small one")
-    _add_model(parser)
+    _add_model(parser, generate=True)
     _add_tiles(parser)
     _add_report(parser)
+
+
+def _add_given(parser: _Parser) -> None:
+    group = parser.add_argument_group("given frames, for image-to-video models")
+    group.add_argument("--first-frame", metavar="FILE", help="the picture the video begins with")
+    group.add_argument("--last-frame", metavar="FILE", help="the picture it ends with")
+    group.add_argument("--keyframe", action="append", type=_keyframe, default=[], metavar="INDEX=FILE",
+                       help="the picture at a frame: 0 is the first, -1 the last; repeat it for several")
+    group.add_argument("--loop", metavar="FILE", help="the picture it both begins and ends with")
+    clip = group.add_mutually_exclusive_group()
+    clip.add_argument("--continue-from", metavar="CLIP",
+                      help="a video or latents to go on from; the result is both as one video")
+    clip.add_argument("--prepend-to", metavar="CLIP", help="a video or latents to put something in front of")
+    group.add_argument("--keep-frames", type=int, metavar="K",
+                       help="frames that the new part shares with CLIP (default 8); more carries over more of its motion")
+    group.add_argument("--new-part", action="store_true", help="write the new frames only, to be put beside CLIP")
+    group.add_argument("--fit", choices=FITS, help="how a picture of another shape is fitted: cut to the centre (default), "
+                                                   "on a grey ground, or distorted")
 
 
 def _add_decode(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _command(commands, "decode", "turn latents into a video", _DECODE)
     parser.add_argument("latents", metavar="LATENTS", help="a .safetensors file of latents")
     _add_clip(parser)
-    _add_model(parser, dtype=False)
+    _add_model(parser)
     _add_tiles(parser)
     _add_report(parser)
 
@@ -206,7 +250,7 @@ def _add_encode(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
     group.add_argument("--height", type=int, metavar="N", help="pixels, a multiple of 16")
     group.add_argument("--fps", type=float, metavar="X", help="frames per second")
-    _add_model(parser, dtype=False)
+    _add_model(parser)
     _add_tiles(parser)
     _add_report(parser)
 
@@ -254,12 +298,16 @@ def _add_clip(parser: _Parser, *, fps: str = "frames per second") -> None:
     group.add_argument("--force", action="store_true", help="replace existing files")
 
 
-def _add_model(parser: _Parser, *, dtype: bool = True) -> None:
+def _add_model(parser: _Parser, *, generate: bool = False) -> None:
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", metavar="DIR|tiny",
-                       help='a model folder, or "tiny", the bundled one (default)')
+                       help=f"a model folder, or a bundled model: {', '.join(bundled_models())} (default {BUNDLED})")
+    if generate:
+        group.add_argument("--transformer", metavar="PATH",
+                           help="a file or folder of weights that takes the place of the model's own transformer, e.g. "
+                                "that of Allegro-TI2V in the folder of Allegro; default settings follow it")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default auto)")
-    if dtype:
+    if generate:
         group.add_argument("--dtype", default="auto", choices=list(DTYPES),
                            help="of the transformer (default auto: bf16 for large models on a GPU)")
 
@@ -282,6 +330,13 @@ def _lora(text: str) -> tuple[str, float]:
     if re.search(r"\.safetensors:", text, re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"{text!r}: expected FILE or FILE:STRENGTH, such as style.safetensors:0.8")
     return text, 1.0
+
+
+def _keyframe(text: str) -> tuple[int, str]:
+    found = re.fullmatch(r"(-?\d{1,6})=(.+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected INDEX=FILE, such as 12=picture.png or -1=last.png")
+    return int(found.group(1)), found.group(2)
 
 
 def _triple(text: str) -> tuple[int, int, int]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import GeometryError, TextError
-from ..geometry import LATENT_CHANNELS, TEMPORAL_FACTOR, check_memory, frames_bytes, latent_shape
+from ..geometry import LATENT_CHANNELS, TEMPORAL_FACTOR, latent_shape
 from ..latents import read_state
 from ..loading import open_source
 from ..media import probe_clip, read_frames
-from ..memory import free_bytes
 from ..pipeline import AllegroPipeline, SampleSettings, SampleState, check_finite
 from ..text import format_negative, format_prompt
+from . import given as giving
+from .given import Given, GivenClip
 from .job import (
     LATENTS_SUFFIX,
     Job,
@@ -34,6 +35,7 @@ from .job import (
     load_latents,
     model_name,
     open_model,
+    transformer_name,
 )
 from .report import UsageError
 
@@ -41,7 +43,8 @@ DEFAULT_SEED = 42  # the reference script's
 DEFAULT_DENOISE = 0.6
 # Options a saved run brings with it.
 _FIXED_BY_RESUME = ("prompt", "negative", "template", "no_clean", "seed", "init_video", "denoise", "frames",
-                    "width", "height", "steps", "cfg", "sampler")
+                    "width", "height", "steps", "cfg", "sampler", "first_frame", "last_frame", "loop", "keyframe",
+                    "keep_frames", "fit")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Plan:
         stop: step to stop at; None for all.
         state: the run that is resumed.
         start: frames [3, T, H, W], or raw latents [1, 4, t, h, w], to start from.
+        given: frames for the image-to-video model, and what the clip is joined to; None for text to video.
         metadata: kept in every file that is written.
     """
 
@@ -80,6 +84,7 @@ class Plan:
     stop: int | None
     state: SampleState | None
     start: Tensor | None
+    given: Given | None
     metadata: dict[str, Any]
 
 
@@ -101,31 +106,40 @@ def make_plan(job: Job) -> Plan:
         check_model_of(job, args.resume, saved)
         check_loras_of(args.resume, saved, loras)
     pipeline = open_model(job)
+    clip = None if state is not None else giving.open_clip(job)
+    pipeline.check_given(clip or giving.wanted(args))
     if loras:
         _ = pipeline.dit_config  # merges them: what is wrong with one must not wait until the prompt is read
     text = _text(job, pipeline, saved)
     if state is not None:
+        _check_kind(job, pipeline, state, saved)
         settings, start = _settings_of(args.resume, state), None
+        given = giving.resume_given(job, settings, saved, latents=state.kept is not None)
     else:
-        settings, start, saved = _settings_and_start(job, pipeline)
+        settings, start, saved = _settings_and_start(job, pipeline, clip)
+        given = giving.read_given(job, settings, clip) if pipeline.image_to_video else None
     _check_stop(args.stop_at_step, settings, state)
     pipeline.check_memory(settings)
     open_source(pipeline.root, "t5-encoder", subfolder="text_encoder")
     _ = pipeline.vae_config  # it is needed last: what is wrong with it must not wait until the steps are done
     fps = choose_fps(args.fps, saved, pipeline)
     if output is not None:
-        check_clip_space(output, settings.width, settings.height, settings.num_frames)
+        num_frames = settings.num_frames if given is None else given.num_frames
+        check_clip_space(output, settings.width, settings.height, num_frames)
     if latents is not None:
         check_latents_space(latents, settings.width, settings.height, settings.num_frames)
+    # Of a resumed run, what was given when it began.
+    about_given = saved.get("given") if state is not None else given.metadata if given is not None else None
+    optional = {"transformer": transformer_name(job), "loras": loras, "given": about_given}
     metadata = {**asdict(text), "model": model_name(job), "fps": fps, "settings": settings.to_dict(),
-                **({"loras": loras} if loras else {}), **base_metadata()}
-    return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, metadata)
+                **{name: value for name, value in optional.items() if value}, **base_metadata()}
+    return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, given, metadata)
 
 
 def _check_options(job: Job) -> None:
     args = job.args
     if args.resume:
-        given = [name for name in _FIXED_BY_RESUME if getattr(args, name) is not None]
+        given = [name for name in _FIXED_BY_RESUME if getattr(args, name) not in (None, [])]
         if given:
             options = ["PROMPT" if name == "prompt" else "--" + name.replace("_", "-") for name in given]
             raise UsageError(f"A resumed run keeps its prompt and settings: leave out {', '.join(options)}.")
@@ -138,6 +152,7 @@ def _check_options(job: Job) -> None:
                          "--resume.")
     if args.denoise is not None and args.init_video is None:
         raise UsageError("--denoise needs something to start from: add --init-video FILE.")
+    giving.check_options(args)
 
 
 def _text(job: Job, pipeline: AllegroPipeline, saved: Mapping[str, Any]) -> Text:
@@ -164,9 +179,14 @@ def _settings_of(path: str, state: SampleState) -> SampleSettings:
     """The settings of a saved run, checked against its latents: a file can be edited."""
     s = state.settings
     s.check()
-    expected = [1, LATENT_CHANNELS, *latent_shape(s.width, s.height, s.num_frames)]
-    if any(list(x.shape) != expected for x in (state.latents, state.denoised) if x is not None) \
-            or not 0 <= state.step <= s.num_steps:
+    t, h, w = latent_shape(s.width, s.height, s.num_frames)
+    expected = [1, LATENT_CHANNELS, t, h, w]
+    end = 0 if state.kept is None else state.kept_start + state.kept.shape[2]
+    sound = (all(list(x.shape) == expected for x in (state.latents, state.denoised) if x is not None)
+             and (state.condition is None or list(state.condition.shape) == [1, 2 * LATENT_CHANNELS, t, h, w])
+             and (state.kept is None or list(state.kept.shape) == [1, LATENT_CHANNELS, end - state.kept_start, h, w])
+             and 0 <= state.kept_start <= end <= t)
+    if not sound or not 0 <= state.step <= s.num_steps:
         raise GeometryError(f"{path} holds latents of shape {list(state.latents.shape)} after step "
                             f"{state.step}: expected {expected} and a step from 0 to {s.num_steps}. The file is "
                             "damaged; start the run again.")
@@ -184,30 +204,43 @@ def _check_stop(stop: int | None, settings: SampleSettings, state: SampleState |
                          f"run has {settings.num_steps} steps" + (f", {done} of them done." if done else "."))
 
 
-def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSettings, Tensor | None,
-                                                                      dict[str, Any]]:
+def _check_kind(job: Job, pipeline: AllegroPipeline, state: SampleState, saved: Mapping[str, Any]) -> None:
+    """Raises when a run was begun with another transformer."""
+    before, now = saved.get("transformer"), transformer_name(job)
+    if before != now:
+        hint = "leave out --transformer" if before is None else f"give --transformer {before}"
+        raise UsageError(f"{job.args.resume} was made with {before or 'the transformer of the model'}, not with "
+                         f"{now or 'that of the model'}: {hint}.")
+    if pipeline.image_to_video != (state.condition is not None):
+        raise UsageError(f"{job.args.resume} {'lacks' if pipeline.image_to_video else 'has'} the condition of the image-to-video "
+                         "model: it was made with another model. Give that one with --model.")
+
+
+def _settings_and_start(job: Job, pipeline: AllegroPipeline, clip: GivenClip | None) -> tuple[
+        SampleSettings, Tensor | None, dict[str, Any]]:
     """The settings of a new run, what it starts from (frames, latents or nothing), and the metadata of that."""
     args = job.args
     values = {"width": args.width, "height": args.height, "num_frames": args.frames, "num_steps": args.steps,
               "guidance_scale": args.cfg, "sampler": args.sampler,
               "seed": DEFAULT_SEED if args.seed is None else args.seed}
+    if clip is not None:
+        _remark_on_fps(job, pipeline, clip)
+        if clip.latents is not None:  # another length is fine
+            own = _size_of(clip.path, clip.latents, {**values, "num_frames": None})
+            values |= {"width": own["width"], "height": own["height"]}
+        return pipeline.settings(**values), None, {"fps": clip.fps}
     if args.init_video is None:
         return pipeline.settings(**values), None, {}
     values["denoise"] = DEFAULT_DENOISE if args.denoise is None else args.denoise
     if Path(args.init_video).suffix.lower() == LATENTS_SUFFIX:
         latents, saved = load_latents(args.init_video)
         check_model_of(job, args.init_video, saved)
-        t, h, w = (int(n) for n in latents.shape[2:])
-        own = {"width": 8 * w, "height": 8 * h, "num_frames": TEMPORAL_FACTOR * t}
-        for name, value in own.items():
-            if values[name] not in (None, value):
-                raise GeometryError(f"{name}={values[name]}: {args.init_video} is for {value}. Leave the "
-                                    "option out.")
+        own = _size_of(args.init_video, latents, values)
         return pipeline.settings(**{**values, **own}), latents, saved
     settings = pipeline.settings(**values)
     fps = choose_fps(args.fps, {}, pipeline)
     probe_clip(args.init_video)
-    _check_clip_memory(settings)
+    giving.check_host_memory(settings)
     with (job.report.measure("reading the video", torch.device("cpu")),
           job.console.progress("Reading the video")):
         frames, _ = read_frames(args.init_video, width=settings.width, height=settings.height, fps=fps,
@@ -221,8 +254,22 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline) -> tuple[SampleSett
     return pipeline.settings(**values), frames[:, :usable], {}
 
 
-def _check_clip_memory(settings: SampleSettings) -> None:
-    free = free_bytes(torch.device("cpu"))
-    if free is not None:
-        needed = 2 * frames_bytes(settings.width, settings.height, settings.num_frames)
-        check_memory("Reading the video", needed, free, "fewer --frames; a smaller --width and --height")
+def _size_of(path: str, latents: Tensor, values: Mapping[str, Any]) -> dict[str, int]:
+    """Width, height and number of frames of latents [1, 4, t, h, w].
+
+    Raises:
+        GeometryError: `values` asks for others.
+    """
+    t, h, w = (int(n) for n in latents.shape[2:])
+    own = {"width": 8 * w, "height": 8 * h, "num_frames": TEMPORAL_FACTOR * t}
+    for name, value in own.items():
+        if values[name] not in (None, value):
+            raise GeometryError(f"{name}={values[name]}: {path} is for {value}. Leave the option out.")
+    return own
+
+
+def _remark_on_fps(job: Job, pipeline: AllegroPipeline, clip: GivenClip) -> None:
+    fps, own = clip.fps, pipeline.defaults.fps
+    if fps is not None and abs(fps - own) > 0.05 * own:
+        job.console.say(f"{clip.path} has {fps:g} frames per second, and the model draws {own:g}: motion may change its pace "
+                        "where the new part begins.")

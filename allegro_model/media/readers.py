@@ -35,14 +35,17 @@ def probe_clip(path: str | PathLike[str]) -> ClipInfo:
         AllegroError: the file is missing or ffmpeg cannot play it.
         MissingDependency: there is no ffmpeg.
     """
-    path = Path(path)
+    return _probe(Path(path), "video")
+
+
+def _probe(path: Path, what: str) -> ClipInfo:
     if not path.is_file():
-        raise AllegroError(f"There is no video {path}. Check the path.")
+        raise AllegroError(f"There is no {what} {path}. Check the path.")
     # The first line of a yuv4mpegpipe stream states size and exact rate: "YUV4MPEG2 W640 H368 F15:1 ...".
     status, output, log = run(["-v", "error", *source(path), "-map", "0:v:0", "-frames:v", "1",
                                "-pix_fmt", "yuv420p", "-f", "yuv4mpegpipe", "-"])
     if status or not output.startswith(b"YUV4MPEG2 "):
-        raise _read_error(path, log)
+        raise _read_error(path, log, what)
     fields = {word[0]: word[1:] for word in output.split(b"\n", 1)[0].decode("ascii").split()[1:]}
     rate = Fraction(fields["F"].replace(":", "/"))
     return ClipInfo(int(fields["W"]), int(fields["H"]), float(rate))
@@ -147,7 +150,30 @@ def read_frames(path: str | PathLike[str], *, width: int | None = None, height: 
     return torch.cat(chunks, dim=1), target.fps
 
 
-def _read_error(path: Path, log: str) -> AllegroError:
+def read_image(path: str | PathLike[str]) -> Tensor:
+    """One picture; of a video, its first frame.
+
+    Args:
+        path: .png, .jpg, .webp, ... of any size; grey, with a palette or with alpha. It is turned upright when
+            the camera noted how it was held.
+    Returns:
+        [4, h, w] float32 in [0, 1], red, green, blue and alpha.
+    Raises:
+        AllegroError: the file is missing or ffmpeg cannot read it.
+        MissingDependency: there is no ffmpeg.
+    """
+    path = Path(path)
+    found = _probe(path, "picture")
+    status, output, log = run(["-v", "error", *source(path), "-map", "0:v:0", "-frames:v", "1", "-vf",
+                               "scale=iw:ih:flags=bicubic+accurate_rnd+full_chroma_int,format=rgba", "-f", "rawvideo", "-"])
+    if status or len(output) != found.width * found.height * 4:
+        raise _read_error(path, log, "picture")
+    pixels = torch.frombuffer(bytearray(output), dtype=torch.uint8).view(found.height, found.width, 4)
+    return pixels.permute(2, 0, 1).float().div_(255)
+
+
+def _read_error(path: Path, log: str, what: str = "video") -> AllegroError:
     lines = [line for line in log.splitlines() if line.strip()]
     said = f" (ffmpeg: {lines[-1]})" if lines else ""
-    return AllegroError(f"Cannot read {path} as a video{said}. Use a file that plays in a video player.")
+    remedy = {"video": "plays in a video player", "picture": "opens in a picture viewer"}[what]
+    return AllegroError(f"Cannot read {path} as a {what}{said}. Use a file that {remedy}.")

@@ -23,6 +23,7 @@ from allegro_model.media import (
     open_writer,
     probe_clip,
     read_frames,
+    read_image,
     read_metadata,
     stream_frames,
     to_uint8,
@@ -519,3 +520,51 @@ def test_no_ffmpeg_for_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", absent)
     with pytest.raises(MissingDependency, match=r"found no ffmpeg program for this machine\. Install ffmpeg"):
         check_clip_output(tmp_path / "a.mp4", force=False)
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(("mode", "suffix", "options"), [
+    ("RGB", "png", {}), ("RGBA", "png", {}), ("L", "png", {}), ("LA", "png", {}), ("P", "png", {}), ("RGB", "jpg", {"quality": 95}),
+    ("L", "jpg", {"quality": 95}), ("RGB", "webp", {"lossless": True}), ("RGBA", "webp", {"lossless": True}), ("RGB", "bmp", {}),
+])
+def test_pictures_of_any_kind(tmp_path: Path, mode: str, suffix: str, options: dict) -> None:
+    image = pytest.importorskip("PIL.Image")
+    y, x = np.mgrid[0:21, 0:33]
+    pixels = np.stack([4 * x, 8 * y, 3 * (x + y), 255 - 5 * x], axis=-1).astype(np.uint8)
+    picture = image.fromarray(pixels, "RGBA").convert(mode)
+    file = tmp_path / f"picture.{suffix}"
+    picture.save(file, **options)
+    expected = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1) / 255
+    found = read_image(file)
+    assert found.shape == (4, 21, 33)
+    assert (found - expected).abs().mean() < (0.02 if suffix == "jpg" else 1e-6)
+
+
+def test_pictures_are_turned_upright(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, :16, 0] = 255
+    exif = image.Exif()
+    exif[0x112] = 6  # the camera was held upright: turn to the right
+    image.fromarray(pixels).save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    found = read_image(tmp_path / "phone.jpg")
+    assert found.shape == (4, 32, 16)
+    assert found[0, :14].mean() > 0.9
+    assert found[0, 18:].mean() < 0.1
+
+
+def test_of_a_video_the_first_frame_is_the_picture(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "clip.mp4", 32, 32, fps=8) as writer:
+        writer.write(torch.linspace(-1, 1, 6).view(1, -1, 1, 1).expand(3, 6, 32, 32))
+    assert read_image(tmp_path / "clip.mp4")[:3].mean() < 0.02
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture"])
+def test_what_is_no_picture_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "x.png"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(AllegroError, match=r"(There is no picture|Cannot read) .*x\.png"):
+        read_image(file)
