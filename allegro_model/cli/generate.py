@@ -82,7 +82,7 @@ def smoothing_of(job: Job, plan: Plan) -> Smoothing | None:
     if plan.output is None:
         return None
     s = plan.settings
-    check_clip_space(plan.output, s.width, s.height, times.count(s.num_frames))
+    check_clip_space(plan.output, s.width, s.height, times.count(plan.num_frames))
     return open_smoothing(job, times, s.width, s.height)
 
 

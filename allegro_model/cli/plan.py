@@ -87,6 +87,11 @@ class Plan:
     given: Given | None
     metadata: dict[str, Any]
 
+    @property
+    def num_frames(self) -> int:
+        """Frames of the video that is written."""
+        return self.settings.num_frames if self.given is None else self.given.num_frames
+
 
 def make_plan(job: Job) -> Plan:
     """Checks everything that can be checked.

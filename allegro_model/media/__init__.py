@@ -7,7 +7,15 @@ its own writers, so the nodes never import it.
 from .atomic import atomic_file, check_free_space, check_output
 from .ffmpeg import check_fps
 from .metadata import read_metadata
-from .readers import ClipContents, ClipInfo, probe_clip, probe_contents, read_frames, read_image, stream_frames
+from .readers import (
+    ClipContents,
+    ClipInfo,
+    probe_clip,
+    probe_contents,
+    read_frames,
+    read_image,
+    stream_frames,
+)
 from .writers import (
     FORMATS,
     QUALITIES,

@@ -736,8 +736,8 @@ def test_nan_is_named(allegro: Run, model: str) -> None:
 def test_memory_is_checked_first(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     clip("in.mp4", frames=40)
     from allegro_model import pipeline
-    from allegro_model.cli import convert, plan
-    for module in (memory, pipeline, convert, plan):
+    from allegro_model.cli import convert, given
+    for module in (memory, pipeline, convert, given):
         monkeypatch.setattr(module, "free_bytes", lambda device: 100_000)
     code, _, err = allegro("generate", PROMPT, "-o", "a.mp4", "--width", 512, "--height", 512)
     assert code == 6
