@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 # Module of this package -> node classes in it, in the order of the menu.
 FEATURES = {
     "loaders": ("LoadAllegroDiT", "LoadAllegroT5", "LoadAllegroVAE"),
+    "lora": ("AllegroLoraLoader",),
     "text": ("T5Encode",),
     "latent": ("EmptyAllegroLatentVideo",),
     "ti2v": ("AllegroImageToVideo", "AllegroKeyframes", "AllegroContinueVideo", "AllegroJoinVideos"),

@@ -22,6 +22,10 @@ the released model was not shown and the nodes offer: 0.42 first frame, 0.33 fir
 frame or frames, 0.05 frames anywhere (`ti2v_stage`, `ti2v_cache`). Captions partly name the motion alone, and clips mostly
 begin in mid-motion, so that colours and shape must come from the picture and the way to go from the caption.
 
+    python -m allegro_model.training.lora --out FILE
+
+trains a LoRA for a finished model; `lora` says how.
+
 What made it work is in the code where it happens: `initialise` (networks that start as pass-throughs), `losses`
 (noise prediction weighted by 1 / alpha-bar, extra weight on objects and given frames), `recipe` (every number), `palette` (which
 combinations are held out). The losses, the loop, data-parallel workers and the moving average do not depend on the size

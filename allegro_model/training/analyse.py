@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .palette import BACKGROUND_COLOURS, COLOURS, OBJECT_COLOURS
+from .palette import BACKGROUND_COLOURS, COLOURS, LORA_COLOUR, OBJECT_COLOURS
 
 Array = np.ndarray
 _MINIMUM_AREA = 0.01  # share of the frame that counts as an object
@@ -123,7 +123,7 @@ def analyse_shape(frames: Array) -> dict[str, str]:
     colour = np.median(pixels[mask], axis=0) if mask.any() else background
     return {
         "background": nearest_colour(background, BACKGROUND_COLOURS),
-        "object": nearest_colour(colour, OBJECT_COLOURS),
+        "object": nearest_colour(colour, (*OBJECT_COLOURS, LORA_COLOUR)),
         "direction": motion(centroids(mask), frames.shape[2] / frames.shape[1]),
         "shape": shape_name(mask),
     }

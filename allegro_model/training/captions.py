@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from .palette import is_held_out
@@ -57,7 +59,7 @@ def _shape_caption(a: Attributes, rng: np.random.Generator) -> str:
         f"a {back} with a {thing} {moving}",
         f"{thing} {moving}, {back}",
     )
-    return _pick(rng, orders)
+    return re.sub(r"\ba (?=[aeiou])", "an ", _pick(rng, orders))
 
 
 def _ball_caption(a: Attributes, rng: np.random.Generator) -> str:

@@ -36,4 +36,5 @@ class EMA:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take averages saved by ``state_dict``."""
-        self.average = {name: {k: v.clone() for k, v in tensors.items()} for name, tensors in state.items()}
+        self.average = {name: {k: v.to(self.average[name][k].device, copy=True) for k, v in tensors.items()}
+                        for name, tensors in state.items()}

@@ -13,13 +13,14 @@ from pathlib import Path
 import folder_paths
 
 from ...allegro_model.errors import CheckpointError
-from ...allegro_model.loading import bundled_model, is_snapshot
+from ...allegro_model.loading import bundled_loras, bundled_model, is_snapshot
 
 # Part of a model snapshot -> ComfyUI's key for the folder such files go to.
 FOLDER_KEYS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 # Whole snapshots as they are published, with transformer/, vae/, text_encoder/ and tokenizer/ side by side.
 SNAPSHOTS = "allegro"
 BUNDLED = {"allegro-tiny (bundled)": "tiny"}
+LORAS = "loras"
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
@@ -56,6 +57,24 @@ def resolve(part: str, choice: str) -> str:
     return path
 
 
+def lora_choices() -> list[str]:
+    """What the dropdown for LoRAs shows."""
+    return list(_loras())
+
+
+def resolve_lora(choice: str) -> str:
+    """The file behind a choice of `lora_choices`.
+
+    Raises:
+        CheckpointError: it is not in the list (any more).
+    """
+    path = _loras().get(choice)
+    if path is None:
+        raise CheckpointError(f"{choice!r} is not among the LoRAs that ComfyUI lists. Put the .safetensors file into "
+                              f"models/{LORAS}, press R in the browser to refresh the list, and choose it again.")
+    return path
+
+
 def snapshot_root(path: str) -> Path | None:
     """The folder of the whole model that a transformer, text encoder or VAE belongs to, if it lies in one."""
     place = Path(path)
@@ -76,6 +95,16 @@ def _listing(part: str) -> dict[str, str]:
             found[label] = path  # one file of several stands for all of them
     for label, path in _snapshots(part).items():
         found.setdefault(label, path)
+    return found
+
+
+def _loras() -> dict[str, str]:
+    """{choice: path}, those that come with the extension first."""
+    found = {f"{name} (bundled)": str(path) for name, path in bundled_loras().items()}
+    for name in folder_paths.get_filename_list(LORAS):
+        path = folder_paths.get_full_path(LORAS, name)
+        if path is not None and name.endswith(".safetensors"):
+            found.setdefault(name.replace(os.sep, "/"), path)
     return found
 
 

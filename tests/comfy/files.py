@@ -37,6 +37,9 @@ def write_variants(models: Path, model: Path) -> None:
               models / "text_encoders" / "published_vocabulary.safetensors")
     save_file(lora_for(dit), models / "loras" / "style.safetensors")
     write_image_model(models / "allegro" / "tiny-random-ti2v", model)
+    save_file({f"blocks.3.q.{part}.weight": torch.ones(4, 4) for part in ("lora_A", "lora_B")},
+              models / "loras" / "for_another_model.safetensors")
+    save_file({"weight": torch.ones(4, 4)}, models / "loras" / "no_lora.safetensors")
     # Wrong ones
     vae = load_file(model / "vae" / "diffusion_pytorch_model.safetensors")
     save_file(vae, folder / "is_a_vae.safetensors")

@@ -33,6 +33,7 @@ NODES = {
     "LoadAllegroDiT": (["model_name", "weight_dtype"], ["MODEL"]),
     "LoadAllegroT5": (["clip_name", "device"], ["CLIP"]),
     "LoadAllegroVAE": (["vae_name", "dtype"], ["VAE"]),
+    "AllegroLoraLoader": (["model", "lora_name", "strength_model"], ["MODEL"]),
     "AllegroT5Encode": (["clip", "text", "role", "clean_caption", "prompt_weighting"], ["CONDITIONING"]),
     "EmptyAllegroLatentVideo": (CLIP_SIZE, ["LATENT"]),
     "AllegroImageToVideo": (["positive", "negative", "vae", *CLIP_SIZE, "fit"], GIVEN),
@@ -46,7 +47,7 @@ NODES = {
     "AllegroVideoVAEDecode": (["samples", "vae", "tile_size", "overlap", "temporal_size", "temporal_overlap"], ["IMAGE"]),
 }
 CATEGORIES = {
-    "LoadAllegroDiT": "loaders", "LoadAllegroT5": "loaders", "LoadAllegroVAE": "loaders",
+    "LoadAllegroDiT": "loaders", "LoadAllegroT5": "loaders", "LoadAllegroVAE": "loaders", "AllegroLoraLoader": "loaders",
     "AllegroT5Encode": "conditioning", "EmptyAllegroLatentVideo": "latent", "AllegroScheduler": "sampling",
     "AllegroImageToVideo": "conditioning", "AllegroKeyframes": "conditioning", "AllegroContinueVideo": "conditioning",
     "AllegroJoinVideos": "video",
@@ -62,6 +63,8 @@ def with_model(graph: dict[str, Any], model: str, **changes: Any) -> dict[str, A
         for name in node["inputs"]:
             if name in names:
                 node["inputs"][name] = model if model == BUNDLED else f"{model}/{names[name]}"
+            elif name == "lora_name" and model != BUNDLED:
+                node["inputs"][name] = "style.safetensors"  # the bundled one does not fit
             elif name in changes and not isinstance(node["inputs"][name], list):
                 node["inputs"][name] = changes[name]
     return graph
@@ -147,7 +150,9 @@ def test_locales_are_served(server: Server, language: str) -> None:
 
 
 def test_templates_are_listed(server: Server) -> None:
-    assert set(server.get("/workflow_templates")["allegro-video"]) == {"text_to_video", "text_to_video_tiny"}
+    shipped = {path.stem for path in (PACK / "workflows").glob("*.json")}
+    assert {"text_to_video", "text_to_video_tiny", "lora"} <= shipped
+    assert set(server.get("/workflow_templates")["allegro-video"]) == shipped
 
 
 def test_dropdowns_list_folders_once_and_the_bundled_model_first(server: Server) -> None:
@@ -311,6 +316,17 @@ def test_names_outside_the_list_are_refused(server: Server, name: str) -> None:
     with pytest.raises(PromptRefused) as refused:
         server.submit(graph)
     assert "is not among the models that ComfyUI lists" in refused.value.details
+
+
+def test_a_lora_that_is_not_listed_is_refused(server: Server) -> None:
+    graph = with_model(api("lora"), "tiny-random", steps=1)
+    (node,) = [node for node in graph.values() if node["class_type"] == "AllegroLoraLoader"]
+    for name, strength, words in (("../style.safetensors", 1.0, "is not among the LoRAs that ComfyUI lists"),
+                                  ("style.safetensors", float("nan"), "must be a finite number")):
+        node["inputs"] |= {"lora_name": name, "strength_model": strength}
+        with pytest.raises(PromptRefused) as refused:
+            server.submit(graph)
+        assert words in refused.value.details
 
 
 @pytest.mark.parametrize(("node", "name", "words"), [
