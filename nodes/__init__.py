@@ -19,6 +19,7 @@ FEATURES = {
     "ti2v": ("AllegroImageToVideo", "AllegroKeyframes", "AllegroContinueVideo", "AllegroJoinVideos"),
     "sample": ("AllegroScheduler", "AllegroSampler"),
     "vae": ("VideoVAEEncode", "VideoVAEDecode"),
+    "vfi": ("LoadAllegroFrameInterpolator", "FrameInterpolate"),
 }
 
 

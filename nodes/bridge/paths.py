@@ -13,10 +13,13 @@ from pathlib import Path
 import folder_paths
 
 from ...allegro_model.errors import CheckpointError
-from ...allegro_model.loading import bundled_loras, bundled_model, is_snapshot
+from ...allegro_model.loading import bundled_interpolator, bundled_loras, bundled_model, is_snapshot
 
 # Part of a model snapshot -> ComfyUI's key for the folder such files go to.
 FOLDER_KEYS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
+# Frame interpolators belong to no snapshot. Newer versions know the folder by themselves.
+INTERPOLATORS = "frame_interpolation"
+BUNDLED_INTERPOLATOR = "ema-vfi-tiny (bundled)"
 # Whole snapshots as they are published, with transformer/, vae/, text_encoder/ and tokenizer/ side by side.
 SNAPSHOTS = "allegro"
 BUNDLED = {"allegro-tiny (bundled)": "tiny"}
@@ -26,9 +29,10 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetens
 
 
 def register_folders() -> None:
-    """Makes models/allegro known, so that extra_model_paths.yaml can add to it. Creates nothing."""
-    if SNAPSHOTS not in folder_paths.folder_names_and_paths:
-        folder_paths.add_model_folder_path(SNAPSHOTS, os.path.join(folder_paths.models_dir, SNAPSHOTS))
+    """Makes our folders below models known, so that extra_model_paths.yaml can add to them. Creates nothing."""
+    for key in (SNAPSHOTS, INTERPOLATORS):
+        if key not in folder_paths.folder_names_and_paths:
+            folder_paths.add_model_folder_path(key, os.path.join(folder_paths.models_dir, key))
 
 
 def choices(part: str) -> list[str]:
@@ -75,6 +79,24 @@ def resolve_lora(choice: str) -> str:
     return path
 
 
+def interpolator_choices() -> list[str]:
+    """What the dropdown for frame interpolators shows."""
+    return list(_interpolators())
+
+
+def resolve_interpolator(choice: str) -> str:
+    """The file behind a choice of `interpolator_choices`.
+
+    Raises:
+        CheckpointError: it is not in the list (any more).
+    """
+    path = _interpolators().get(choice)
+    if path is None:
+        raise CheckpointError(f"{choice!r} is not among the frame interpolators that ComfyUI lists. Put the file into "
+                              f"models/{INTERPOLATORS}, press R in the browser to refresh the list, and choose it again.")
+    return path
+
+
 def snapshot_root(path: str) -> Path | None:
     """The folder of the whole model that a transformer, text encoder or VAE belongs to, if it lies in one."""
     place = Path(path)
@@ -100,10 +122,24 @@ def _listing(part: str) -> dict[str, str]:
 
 def _loras() -> dict[str, str]:
     """{choice: path}, those that come with the extension first."""
-    found = {f"{name} (bundled)": str(path) for name, path in bundled_loras().items()}
-    for name in folder_paths.get_filename_list(LORAS):
-        path = folder_paths.get_full_path(LORAS, name)
-        if path is not None and name.endswith(".safetensors"):
+    return _files(LORAS, (".safetensors",), {f"{name} (bundled)": str(path) for name, path in bundled_loras().items()})
+
+
+def _interpolators() -> dict[str, str]:
+    """{choice: path}, the bundled one first. Pickles are listed, so that choosing one explains what to do with it."""
+    try:
+        bundled = {BUNDLED_INTERPOLATOR: str(bundled_interpolator())}
+    except CheckpointError:  # a copy of the project without its assets
+        bundled = {}
+    return _files(INTERPOLATORS, (".safetensors", ".pkl"), bundled)
+
+
+def _files(key: str, suffixes: tuple[str, ...], bundled: dict[str, str]) -> dict[str, str]:
+    """`bundled`, then what ComfyUI lists under a key."""
+    found = dict(bundled)
+    for name in folder_paths.get_filename_list(key):
+        path = folder_paths.get_full_path(key, name)
+        if path is not None and name.endswith(suffixes):
             found.setdefault(name.replace(os.sep, "/"), path)
     return found
 

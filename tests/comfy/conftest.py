@@ -45,11 +45,12 @@ def base(comfyui: Any, snapshot: Path, tmp_path_factory: pytest.TempPathFactory)
     """ComfyUI's base directory with this extension, sound models and wrong files in it."""
     root = tmp_path_factory.mktemp(f"base-{comfyui.version}")
     for name in ("input", "output", "user", "temp", "custom_nodes", "models/diffusion_models", "models/text_encoders",
-                 "models/vae", "models/loras", "models/allegro"):
+                 "models/vae", "models/loras", "models/allegro", "models/frame_interpolation"):
         (root / name).mkdir(parents=True)
     os.symlink(PACK, root / "custom_nodes" / "allegro-video")
     os.symlink(snapshot, root / "models" / "allegro" / "tiny-random")
     files.write_variants(root / "models", snapshot)
+    files.write_interpolators(root / "models" / "frame_interpolation")
     return root
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,10 @@ from comfy.random_model import DIT, random_tensors, shapes_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from allegro_model.config import VFIConfig
 from allegro_model.dit import AllegroTI2V
+from allegro_model.loading import interpolator_metadata
+from allegro_model.vfi import EMAVFI
 
 
 def write_variants(models: Path, model: Path) -> None:
@@ -117,3 +121,24 @@ def lora_for(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             lora[f"{stem}.lora_A.weight"] = torch.randn(2, tensor.shape[1], generator=generator)
             lora[f"{stem}.lora_B.weight"] = torch.randn(tensor.shape[0], 2, generator=generator)
     return lora
+
+
+def write_interpolators(folder: Path) -> None:
+    """Frame interpolators with random weights, one for every position and one for the middle, and wrong files.
+
+    Args:
+        folder: ComfyUI's folder for them.
+    """
+    config = VFIConfig(base_channels=8, depth=(1, 1, 1, 2, 2), window=7, arbitrary_time=True)
+    weights = random_tensors(shapes_of(EMAVFI(config, device="meta")), seed=7)
+    metadata = interpolator_metadata(config)
+    save_file(weights, folder / "random_t.safetensors", metadata)
+    save_file(weights, folder / "random.safetensors", interpolator_metadata(replace(config, arbitrary_time=False)))
+    # Beyond what float16 can hold: every frame is NaN unless it is computed in float32.
+    large = {name: weights[name] * 1e4 for name in ("feature_bone.block1.conv.0.weight", "feature_bone.patch_embed2.0.weight")}
+    save_file({**weights, **large}, folder / "large_t.safetensors", metadata)
+    torch.save({f"module.{k}": v for k, v in weights.items()}, folder / "ours.pkl")
+    save_file({"conv.weight": torch.zeros(4, 4)}, folder / "is_something_else.safetensors")
+    save_file({k: v for k, v in weights.items() if not k.startswith("unet.up3")}, folder / "incomplete_t.safetensors", metadata)
+    whole = (folder / "random_t.safetensors").read_bytes()
+    (folder / "truncated_t.safetensors").write_bytes(whole[: len(whole) // 2])

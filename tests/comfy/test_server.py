@@ -45,6 +45,9 @@ NODES = {
                         "noise_source"], ["LATENT"]),
     "AllegroVideoVAEEncode": (["pixels", "vae", "tile_size", "overlap", "temporal_size", "temporal_overlap"], ["LATENT"]),
     "AllegroVideoVAEDecode": (["samples", "vae", "tile_size", "overlap", "temporal_size", "temporal_overlap"], ["IMAGE"]),
+    "LoadAllegroFrameInterpolator": (["model_name", "dtype"], ["INTERP_MODEL"]),
+    "AllegroFrameInterpolate": (["interp_model", "images", "multiplier", "source_fps", "target_fps", "hold_last",
+                                 "scene_threshold", "flow_scale", "tta"], ["IMAGE", "FLOAT"]),
 }
 CATEGORIES = {
     "LoadAllegroDiT": "loaders", "LoadAllegroT5": "loaders", "LoadAllegroVAE": "loaders", "AllegroLoraLoader": "loaders",
@@ -52,6 +55,7 @@ CATEGORIES = {
     "AllegroImageToVideo": "conditioning", "AllegroKeyframes": "conditioning", "AllegroContinueVideo": "conditioning",
     "AllegroJoinVideos": "video",
     "AllegroSampler": "sampling", "AllegroVideoVAEEncode": "vae", "AllegroVideoVAEDecode": "vae",
+    "LoadAllegroFrameInterpolator": "loaders", "AllegroFrameInterpolate": "video",
 }
 
 

@@ -30,20 +30,23 @@ class EMAInterpolator:
         model: on the device that is to be used, in the type to compute in; it is left as it is.
         flow_scale: 1, 0.5 or 0.25; see `EMAVFI.extract_features`.
         tta: test-time augmentation: twice the time, slightly better.
+        device: where to compute; default where the weights are, which a host may keep elsewhere.
     Raises:
         GeometryError: another flow scale.
     """
 
-    def __init__(self, model: EMAVFI, *, flow_scale: float = 1.0, tta: bool = False) -> None:
+    def __init__(self, model: EMAVFI, *, flow_scale: float = 1.0, tta: bool = False,
+                 device: torch.device | None = None) -> None:
         pad_multiple(flow_scale)  # raises
         self.model = model
+        self.device = next(model.parameters()).device if device is None else device
         self.arbitrary_time = model.config.arbitrary_time
         self.options: dict[str, Any] = {"flow_scale": flow_scale, "tta": tta}
 
     @torch.inference_mode()
     def features(self, frame: Tensor) -> FrameFeatures:
         """[3, H, W] in [0, 1] on any device."""
-        return self.model.extract_features(frame[None].to(self._device), **self.options)
+        return self.model.extract_features(frame[None].to(self.device), **self.options)
 
     @torch.inference_mode()
     def between(self, first: Sequence[FrameFeatures], second: Sequence[FrameFeatures],
@@ -55,7 +58,7 @@ class EMAInterpolator:
             if self.model.dtype == torch.float32:
                 raise
             logger.warning("%s Computing in float32 from here on.", error)
-        self.model = copy.deepcopy(self.model).float()
+        self.model = self._in_float32()
         return self._between(first, second, positions)
 
     def _between(self, first: Sequence[FrameFeatures], second: Sequence[FrameFeatures],
@@ -69,9 +72,9 @@ class EMAInterpolator:
             return features
         return self.model.extract_features(crop(features.frame, features.padding), **self.options)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def _in_float32(self) -> EMAVFI:
+        """The model, computing in float32; the given one is left as it is."""
+        return copy.deepcopy(self.model).float()
 
 
 def pairs_per_batch(width: int, height: int, device: torch.device) -> int:
