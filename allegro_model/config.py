@@ -7,6 +7,8 @@ both, ignores keys that change nothing (attention modes, class names, ...) and f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -352,6 +354,16 @@ VFI_PRESETS: dict[str, VFIConfig] = {
     "ours_small": VFIConfig(16, (2, 2, 2, 2, 2), VFI_WINDOW, False),
     "ours_small_t": VFIConfig(16, (2, 2, 2, 2, 2), VFI_WINDOW, True),
 }
+
+
+# Fields that say how to use a VideoVAE, not what its latents mean.
+_USE = ("tile_size", "tile_overlap", "tile_frames", "overlap_frames", "latent_rgb_factors", "latent_rgb_factors_bias")
+
+
+def fingerprint(config: DiTConfig | VAEConfig) -> str:
+    """A short hash of what makes two networks the same kind, wherever their files lie and whatever they are called."""
+    content = {name: value for name, value in config.to_dict().items() if name not in _USE}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
 # How a model wants to be used

@@ -33,6 +33,12 @@ def total_bytes(device: torch.device) -> int | None:
     return _host("total") if device.type == "cpu" else None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; outside CUDA, PyTorch says so with a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "out of memory" in str(error)))
+
+
 def _host(what: str) -> int | None:
     """Memory of the machine, "available" or "total", or of the container this process is confined to."""
     machine = _machine(what)

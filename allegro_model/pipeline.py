@@ -50,7 +50,7 @@ from .loading import (
     t5_config_from_shapes,
 )
 from .loading.source import config_of
-from .memory import free_bytes, total_bytes
+from .memory import free_bytes, is_out_of_memory, total_bytes
 from .sampling import SAMPLERS, Denoiser, NoiseSource, Prompt, StepInfo, keep_latents, reference_sigmas
 from .sampling.guidance import check_guidance
 from .sampling.noise import MAX_SEED
@@ -500,7 +500,7 @@ class AllegroPipeline:
         return denormalise(state.latents, self.vae_config.scale_factor)
 
     def decode_stream(self, latents: Tensor, *, progress: Progress | None = None) -> Iterator[Tensor]:
-        """Decodes raw latents in bounded memory.
+        """Decodes raw latents in bounded memory; where it runs out all the same, once more with less.
 
         Args:
             latents: raw latents [1, 4, t, h, w].
@@ -512,9 +512,32 @@ class AllegroPipeline:
         """
         t, h, w = (int(n) for n in latents.shape[2:])
         self._make_room(self._decode_bytes(4 * t, 8 * h, 8 * w))
-        for frames in self.vae.decode_stream(latents.to(self.device), tiling=self.tiling, progress=progress):
-            check_finite(frames, "decoding", "other latents (are they finite?); intact weights of the VAE (allegro inspect)")
-            yield frames.clamp(-1, 1).cpu()
+        tiling = self.tiling or Tiling.from_config(self.vae_config)
+        handed_out = 0
+        try:
+            for frames in self._decode_from(0, latents, tiling, progress):
+                handed_out += frames.shape[2]
+                yield frames
+            return
+        except (MemoryError, RuntimeError) as error:
+            spare = tiling.tiles_per_batch > 1 or (self._dit is not None and self.device.type != "cpu")
+            if not spare or not is_out_of_memory(error):
+                raise
+        log.warning("Memory ran out while decoding. Trying once more, one tile at a time and without the transformer.")
+        self._dit = None  # it is read again, from the memory map, when the next run needs it
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield from self._decode_from(handed_out, latents, replace(tiling, tiles_per_batch=1), progress)
+
+    def _decode_from(self, first: int, latents: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
+        """The frames from number `first` on."""
+        position = 0
+        for frames in self.vae.decode_stream(latents.to(self.device), tiling=tiling, progress=progress):
+            new = frames[:, :, max(0, first - position) :]
+            position += frames.shape[2]
+            if new.shape[2]:
+                check_finite(new, "decoding", "other latents (are they finite?); intact weights of the VAE (allegro inspect)")
+                yield new.clamp(-1, 1).cpu()
 
     def _make_room(self, needed: int) -> None:
         """Takes the transformer off the device when the VAE would not fit beside it."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ..errors import AllegroError
+from ..memory import is_out_of_memory
 from .console import Console
 from .convert import decode, encode
 from .convert_vfi import convert_vfi
@@ -22,7 +23,7 @@ from .inspect import inspect
 from .interpolate import interpolate
 from .job import Job
 from .parser import parse_arguments
-from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code, is_out_of_memory
+from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code
 
 __all__ = ["main"]
 

@@ -23,8 +23,8 @@ from .job import (
     check_model_of,
     check_report_output,
     choose_fps,
+    describe_model,
     load_latents,
-    model_name,
     open_model,
     write_bytes,
     write_clip,
@@ -42,8 +42,8 @@ def decode(job: Job) -> None:
     output = check_clip(job)
     check_report_output(job)
     latents, saved = load_latents(args.latents)
-    check_model_of(job, args.latents, saved)
     pipeline = open_model(job)
+    check_model_of(job, pipeline, args.latents, saved)
     t, h, w = (int(cells) for cells in latents.shape[2:])
     pipeline.check_tile_memory(TEMPORAL_FACTOR * t, 8 * h, 8 * w)
     check_clip_space(output, 8 * w, 8 * h, TEMPORAL_FACTOR * t)
@@ -70,8 +70,8 @@ def encode(job: Job) -> None:
     pipeline = open_model(job)
     frames, fps = _read(job, width, height)
     pipeline.check_tile_memory(frames.shape[1], height, width)
-    metadata: dict[str, Any] = {"source": Path(args.clip).name, "model": model_name(job), "fps": fps,
-                                **base_metadata()}
+    metadata: dict[str, Any] = {"source": Path(args.clip).name, "fps": fps, **base_metadata(),
+                                **describe_model(job, pipeline, transformer=False)}
     job.report.facts["settings"] = {**metadata, "width": width, "height": height,
                                     "num_frames": frames.shape[1]}
     with (job.report.measure("encoding", pipeline.device),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..config import fingerprint
 from ..errors import AllegroError, CheckpointError, GeometryError, OutputError
 from ..latents import read_latents
 from ..loading import bundled_models, lora_file, read_header
@@ -204,17 +205,37 @@ def transformer_name(job: Job) -> str | None:
     return path.parent.name if path.name == "transformer" else path.name
 
 
-def check_model_of(job: Job, path: str, saved: Mapping[str, Any]) -> None:
-    """Raises when a file was made with another model, whose latents mean something else.
+def describe_model(job: Job, pipeline: AllegroPipeline, *, transformer: bool = True) -> dict[str, Any]:
+    """The model, to be kept in files: its name, and hashes by which `check_model_of` knows it.
+
+    Args:
+        transformer: the file depends on that, too, not on the VAE alone.
+    """
+    hashes = {"vae": fingerprint(pipeline.vae_config)}
+    if transformer:
+        hashes["transformer"] = fingerprint(pipeline.dit_config)
+    return {"model": model_name(job), "model_hash": hashes}
+
+
+def check_model_of(job: Job, pipeline: AllegroPipeline, path: str, saved: Mapping[str, Any], *,
+                   transformer: bool = False) -> None:
+    """Raises when a file was made with another kind of model, whose latents mean something else.
 
     Args:
         path: of the file.
-        saved: its metadata; a file that names no model (ComfyUI's) is taken as it is.
+        saved: its metadata; a file that names no model (ComfyUI's) is taken as it is, one without hashes (of an
+            earlier version) is judged by the name.
+        transformer: the transformer must be the same, too, not only the VAE.
     Raises:
         UsageError: names both models.
     """
-    name = saved.get("model")
-    if name is not None and model_name(job) != name:
+    name, known = saved.get("model"), saved.get("model_hash")
+    if isinstance(known, dict):
+        found = describe_model(job, pipeline, transformer=transformer)["model_hash"]
+        fits = all(known.get(part) in (None, value) for part, value in found.items())
+    else:
+        fits = name in (None, model_name(job))
+    if not fits:
         hint = ("leave out --model" if name == BUNDLED else f"give --model {name}" if name in bundled_models() else
                 f"give the folder of {name} with --model")
         raise UsageError(f"{path} was made with the model {name}, not {model_name(job)}: {hint}.")

@@ -32,8 +32,8 @@ from .job import (
     check_report_output,
     choose_fps,
     describe_loras,
+    describe_model,
     load_latents,
-    model_name,
     open_model,
     transformer_name,
 )
@@ -108,9 +108,10 @@ def make_plan(job: Job) -> Plan:
     state, saved = read_state(args.resume) if args.resume else (None, {})
     loras = describe_loras(job)
     if state is not None:
-        check_model_of(job, args.resume, saved)
         check_loras_of(args.resume, saved, loras)
     pipeline = open_model(job)
+    if state is not None:
+        check_model_of(job, pipeline, args.resume, saved, transformer=True)
     clip = None if state is not None else giving.open_clip(job)
     pipeline.check_given(clip or giving.wanted(args))
     if loras:
@@ -136,7 +137,7 @@ def make_plan(job: Job) -> Plan:
     # Of a resumed run, what was given when it began.
     about_given = saved.get("given") if state is not None else given.metadata if given is not None else None
     optional = {"transformer": transformer_name(job), "loras": loras, "given": about_given}
-    metadata = {**asdict(text), "model": model_name(job), "fps": fps, "settings": settings.to_dict(),
+    metadata = {**asdict(text), **describe_model(job, pipeline), "fps": fps, "settings": settings.to_dict(),
                 **{name: value for name, value in optional.items() if value}, **base_metadata()}
     return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, given, metadata)
 
@@ -239,7 +240,7 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline, clip: GivenClip | N
     values["denoise"] = DEFAULT_DENOISE if args.denoise is None else args.denoise
     if Path(args.init_video).suffix.lower() == LATENTS_SUFFIX:
         latents, saved = load_latents(args.init_video)
-        check_model_of(job, args.init_video, saved)
+        check_model_of(job, pipeline, args.init_video, saved)
         own = _size_of(args.init_video, latents, values)
         return pipeline.settings(**{**values, **own}), latents, saved
     settings = pipeline.settings(**values)

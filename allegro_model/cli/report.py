@@ -28,6 +28,7 @@ from ..errors import (
 )
 from ..media import atomic_file
 from ..media.atomic import writing
+from ..memory import is_out_of_memory
 
 
 class UsageError(AllegroError):
@@ -48,12 +49,6 @@ EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
     (EXIT_CANCELLED, "cancelled with Ctrl-C", (Cancelled, KeyboardInterrupt)),
     (EXIT_INPUT, "an illegal size, setting, prompt or input file", (AllegroError,)),
 ]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; on a CPU, PyTorch says so with a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def exit_code(error: BaseException) -> int:

@@ -94,7 +94,9 @@ def test_generate(allegro: Run) -> None:
     assert fps == 8
     settings = {"width": 32, "height": 32, "num_frames": 8, "num_steps": 4, "guidance_scale": 3.0,
                 "sampler": "euler_ancestral", "seed": 7, "denoise": 1.0}
-    assert read_metadata("clip.mp4") == {
+    metadata = read_metadata("clip.mp4")
+    assert metadata.pop("model_hash").keys() == {"vae", "transformer"}
+    assert metadata == {
         "prompt": PROMPT, "negative": "blurry", "template": False, "clean": True, "model": "Small", "fps": 8.0,
         "settings": settings, "version": __version__}
 
@@ -471,6 +473,9 @@ def test_refusals_of_decode_and_encode(allegro: Run) -> None:
 def test_a_run_goes_on_with_its_own_model(allegro: Run, model: str) -> None:
     assert allegro("generate", PROMPT, "--stop-at-step", 1, "--save-latents", "half.safetensors")[0] == 0
     shutil.copytree(model, "Other")
+    for part, change in (("transformer", {"interpolation_scale_t": 1.5}), ("vae", {"scale_factor": 0.5})):
+        config = Path("Other", part, "config.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
     code, _, err = allegro("generate", "--resume", "half.safetensors", "-o", "a.mp4", "--model", "Other", with_model=False)
     assert code == 2
     assert "was made with the model Small, not Other: give the folder of Small with --model" in err
@@ -481,6 +486,25 @@ def test_a_run_goes_on_with_its_own_model(allegro: Run, model: str) -> None:
         assert "l.safetensors was made with the model Small, not Other" in err
     save_file({"latent_tensor": latents_of("l.safetensors")}, "foreign.safetensors")  # says nothing about its model
     assert allegro("decode", "foreign.safetensors", "-o", "a.mp4", "--model", "Other", with_model=False)[0] == 0
+
+
+def test_a_model_may_be_renamed_and_its_tiles_changed(allegro: Run, model: str) -> None:
+    """What counts is what the latents mean; files without hashes, of earlier versions, are judged by the name."""
+    assert allegro("generate", PROMPT, "--stop-at-step", 1, "--save-latents", "half.safetensors")[0] == 0
+    assert allegro("generate", PROMPT, "-o", "b.mp4", "--save-latents", "l.safetensors")[0] == 0
+    shutil.copytree(model, "Renamed")
+    config = Path("Renamed", "vae", "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tile_overlap": [8, 8]}))
+    runs = {"a": ["generate", "--resume", "half.safetensors"], "c": ["decode", "l.safetensors"],
+            "d": ["generate", PROMPT, "--init-video", "l.safetensors"]}
+    for name, words in runs.items():
+        code, _, err = allegro(*words, "-o", f"{name}.mp4", "--model", "Renamed", with_model=False)
+        assert code == 0, err
+    saved = json.loads(_metadata("l.safetensors"))
+    del saved["model_hash"]
+    save_file(load_file("l.safetensors"), "l.safetensors", {"allegro": json.dumps(saved)})
+    assert allegro("decode", "l.safetensors", "-o", "e.mp4", "--model", "Renamed", with_model=False)[0] == 2
+    assert allegro("decode", "l.safetensors", "-o", "e.mp4")[0] == 0
 
 
 @pytest.mark.parametrize("damage", ["size", "settings", "extra", "cfg", "step", "no step", "shape", "denoised", "nan", "prompt"])

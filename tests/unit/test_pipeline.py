@@ -1,11 +1,12 @@
 """The pipeline from prompt to frames with the bundled model, in few steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from allegro_model import AllegroPipeline, memory, pipeline
+from allegro_model import AllegroPipeline, Tiling, memory, pipeline
 from allegro_model.errors import (
     CheckpointError,
     GeometryError,
@@ -164,13 +165,51 @@ def test_the_text_encoder_counts_as_memory_and_keeps_its_precision(tiny, monkeyp
 
 
 def test_many_tiles_per_batch_cost_no_more_than_there_are_tiles(tiny):
-    from dataclasses import replace
-
     from allegro_model import Tiling
 
     many = AllegroPipeline.from_pretrained(
         "tiny", device="cpu", tiling=replace(Tiling.from_config(tiny.vae_config), tiles_per_batch=100_000))
     many.check_memory(many.settings(**SMALL))
+
+
+@pytest.mark.parametrize("failing", [1, 5])
+def test_decoding_out_of_memory_goes_on_tile_by_tile(tiny, monkeypatch, caplog, failing):
+    """Frames that were handed out before, as after four batches of tiles, are neither repeated nor lost."""
+    latents = torch.randn((1, 4, 8, 6, 8), generator=torch.Generator().manual_seed(0))
+    sizes, small = [], Tiling(8, 24, 32, 4, 8, 8)
+    expected = list(with_tiling(tiny, monkeypatch, small).decode_stream(latents))
+    network = tiny.vae.decode_tile
+
+    def limited(tiles):
+        sizes.append(len(tiles))
+        if len(tiles) > 1 and len(sizes) >= failing:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return network(tiles)
+
+    monkeypatch.setattr(tiny.vae, "decode_tile", limited)
+    found = list(with_tiling(tiny, monkeypatch, replace(small, tiles_per_batch=4)).decode_stream(latents))
+    assert torch.allclose(torch.cat(found, 2), torch.cat(expected, 2), atol=1e-5)
+    assert sizes[failing - 1] == 4
+    assert set(sizes[failing:]) == {1}
+    assert "one tile at a time" in caplog.text
+
+
+def test_decoding_out_of_memory_with_nothing_to_spare_is_told(tiny, monkeypatch):
+    calls = []
+
+    def full(tiles):
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(tiny.vae, "decode_tile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(with_tiling(tiny, monkeypatch, None).decode_stream(torch.zeros((1, 4, 2, 4, 4))))
+    assert calls == [1]
+
+
+def with_tiling(tiny, monkeypatch, tiling):
+    monkeypatch.setattr(tiny, "tiling", tiling)
+    return tiny
 
 
 def test_nan_is_reported_with_its_step(tiny, prompts, monkeypatch):
