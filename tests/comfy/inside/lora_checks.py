@@ -102,3 +102,25 @@ def check_loras_that_do_not_fit_are_explained(h: Host) -> None:
     (line,) = [line for line in h.log if "fit no layer" in line]
     assert line.startswith("WARNING with_text.safetensors: 1 of 7 tensors"), line
     assert "lora_te1_text_model_encoder_layers_0_mlp_fc1" in line
+
+
+def check_loras_fit_the_image_to_video_model(h: Host) -> None:
+    """Also the layers that text to video has not; the weights become those that the package merges."""
+    name, path = "pos_embed_masked_video.1", h.base / "models" / "loras" / "for_images.safetensors"
+    stem = f"lora_unet_{name.replace('.', '_')}"
+    generator = torch.Generator().manual_seed(9)
+    save_file({f"{stem}.lora_down.weight": torch.randn((2, 192), generator=generator),
+               f"{stem}.lora_up.weight": torch.randn((192, 2), generator=generator)}, str(path))
+    patched = with_lora(h, path.name, 0.5, model(h, "tiny-random-ti2v/transformer"))
+    assert list(patched.patches) == [f"diffusion_model.{name}.weight"]
+    folder = h.base / "models" / "allegro" / "tiny-random-ti2v"
+    load_dit = h.module("allegro_model.loading").load_dit
+    expected, plain = load_dit(folder, loras=[(path, 0.5)]).state_dict(), load_dit(folder).state_dict()
+    patched.patch_model()
+    try:
+        found = patched.model.diffusion_model.state_dict()
+        assert relative(found[f"{name}.weight"], expected[f"{name}.weight"]) < 1e-6
+        assert relative(found[f"{name}.weight"], plain[f"{name}.weight"]) > 0.1
+        assert torch.equal(found["proj_out.weight"], plain["proj_out.weight"])
+    finally:
+        patched.unpatch_model()
