@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..attention import best_attention
+from ..conditioning import GivenFrames
 from ..latents import pack_latents, pack_state
 from ..media import check_fps
-from ..pipeline import PromptEmbeds, SampleState
+from ..pipeline import AllegroPipeline, PromptEmbeds, SampleState
 from ..sampling import StepInfo
 from ..vfi import FrameTimes
 from .console import size
-from .given import given_frames, join_latents, joiner, joins_video, kept_latents
+from .given import Given, given_frames, join_latents, joiner, joins_video, kept_latents
 from .interpolate import Smoothing, open_smoothing
 from .job import (
     Job,
@@ -108,11 +109,21 @@ def _first_state(job: Job, plan: Plan) -> SampleState:
             latents = plan.pipeline.encode(latents[None], progress=bar.update)
     if plan.given is None:
         return plan.pipeline.start(plan.settings, latents)
+    frames = _given_frames(job, plan.given, plan.pipeline)
     with (job.report.measure("encoding the given frames", plan.pipeline.device),
           job.console.progress("Encoding the given frames", "tile") as bar):
-        condition = plan.pipeline.condition(given_frames(plan.given, plan.pipeline), progress=bar.update)
+        condition = plan.pipeline.condition(frames, progress=bar.update)
     kept, kept_start = kept_latents(plan.given)
     return plan.pipeline.start(plan.settings, latents, condition=condition, kept=kept, kept_start=kept_start)
+
+
+def _given_frames(job: Job, given: Given, pipeline: AllegroPipeline) -> GivenFrames:
+    """All of them; those of given latents have to be decoded."""
+    if given.clip is None or given.clip.latents is None:
+        return given_frames(given, pipeline)
+    with (job.report.measure("decoding the given latents", pipeline.device),
+          job.console.progress("Decoding the given latents", "tile") as bar):
+        return given_frames(given, pipeline, progress=bar.update)
 
 
 def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> SampleState:
@@ -120,8 +131,8 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
     s, pipeline = plan.settings, plan.pipeline
     kernel = getattr(best_attention(pipeline.device, pipeline.dit_dtype), "__name__", "unnamed")
     job.console.say(
-        f"{' + '.join([transformer_name(job) or model_name(job), *_loras(plan)])}: {s.num_frames} frames of {s.width}x{s.height}, {s.num_steps} steps of "
-        f"{s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
+        f"{' + '.join([transformer_name(job) or model_name(job), *_loras(plan)])}: {s.num_frames} frames of "
+        f"{s.width}x{s.height}, {s.num_steps} steps of {s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
         f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel}, no step "
         f"cache, about {size(pipeline.sampling_bytes(s))} of working memory")
     last: StepInfo | None = None

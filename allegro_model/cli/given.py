@@ -18,6 +18,7 @@ from ..joining import join_streams
 from ..media import ClipInfo, probe_clip, read_image, stream_frames
 from ..memory import free_bytes
 from ..pipeline import AllegroPipeline, SampleSettings
+from ..vae.tiling import Progress
 from .job import LATENTS_SUFFIX, Job, Through, load_latents
 from .report import UsageError
 
@@ -260,21 +261,21 @@ def resume_given(job: Job, settings: SampleSettings, saved: Mapping[str, Any], *
 # In the run
 
 
-def given_frames(given: Given, pipeline: AllegroPipeline) -> GivenFrames:
+def given_frames(given: Given, pipeline: AllegroPipeline, *, progress: Progress | None = None) -> GivenFrames:
     """All given frames; those of latents are decoded for it."""
     s, frames = given.settings, dict(given.frames)
     if given.clip is not None and given.clip.latents is not None:
-        ends = _decoded_ends(given.clip, given.clip.latents, pipeline)
+        ends = _decoded_ends(given.clip, given.clip.latents, pipeline, progress)
         frames |= {position: ends[:, i] for i, position in enumerate(_positions(given.clip, s.num_frames))}
     stacked = torch.stack(list(frames.values())) if frames else torch.zeros(0, 3, s.height, s.width)
     return GivenFrames.at(stacked, list(frames), s.num_frames)
 
 
-def _decoded_ends(clip: GivenClip, latents: Tensor, pipeline: AllegroPipeline) -> Tensor:
+def _decoded_ends(clip: GivenClip, latents: Tensor, pipeline: AllegroPipeline, progress: Progress | None) -> Tensor:
     """The kept frames [3, keep, H, W] of latents."""
     count = clip.keep // TEMPORAL_FACTOR + _CONTEXT
     part = latents[:, :, :count] if clip.before else latents[:, :, -count:]
-    frames = torch.cat([piece[0] for piece in pipeline.decode_stream(part)], dim=1)
+    frames = torch.cat([piece[0] for piece in pipeline.decode_stream(part, progress=progress)], dim=1)
     return frames[:, : clip.keep] if clip.before else frames[:, -clip.keep :]
 
 

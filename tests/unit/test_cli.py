@@ -901,12 +901,11 @@ def test_documented_examples_parse() -> None:
     import shlex
 
     from allegro_model.cli import parser as module
-    parser = module.build_parser()
     lines = [line.strip() for text in vars(module).values() if isinstance(text, str) for line in text.splitlines()
              if line.startswith("  allegro ")]
     assert len(lines) >= 13
     for line in lines:
-        parser.parse_args(shlex.split(line)[1:])
+        module.parse_arguments(shlex.split(line)[1:])
 
 
 # The console
