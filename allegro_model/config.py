@@ -304,7 +304,7 @@ class VFIConfig:
 
     def __post_init__(self) -> None:
         F = self.base_channels
-        _require("base_channels", F, F > 0 and F % 4 == 0, "a positive multiple of 4")
+        _require("base_channels", F, F == 2 or (F > 0 and F % 4 == 0), "2 or a positive multiple of 4")
         _require("depth", self.depth, len(self.depth) == 5 and min(self.depth) > 0, "five positive integers")
         for stage in (4, 5):
             blocks, heads = self.depth[stage - 1], self.heads(stage)
@@ -317,8 +317,8 @@ class VFIConfig:
         return int(self.base_channels * 2 ** (stage - 1))
 
     def heads(self, stage: int) -> int:
-        """Attention heads of a stage, 4 or 5; a head is 32 wide."""
-        return self.channels(stage) // VFI_HEAD_DIM
+        """Attention heads of a stage, 4 or 5; a head is 32 wide, or as wide as a stage that is narrower."""
+        return max(1, self.channels(stage) // VFI_HEAD_DIM)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], *, arbitrary_time: bool = False) -> VFIConfig:

@@ -2,9 +2,10 @@
 
     python -m allegro_model.training --out DIR
 
-makes the model folder DIR (tokenizer, text encoder, transformer, vae) and beside it DIR-ti2v (the image-to-video transformer,
-which shares everything else with DIR) in about three hours on two CPU cores. Every stage is seeded and resumable: run the
-same command again after an interruption. Needs `pip install "allegro-video[standalone]"`.
+makes the model folder DIR (tokenizer, text encoder, transformer, vae), beside it DIR-ti2v (the image-to-video transformer,
+which shares everything else with DIR) and DIR-vfi (the frame interpolator, which needs nothing of the others) in about
+three and a half hours on two CPU cores. Every stage is seeded and resumable: run the same command again after an
+interruption. Needs `pip install "allegro-video[standalone]"`.
 
 Stages:
   tokenizer  a hand-made word vocabulary in T5 format
@@ -16,6 +17,8 @@ Stages:
   ti2v       the transformer goes on with given frames as a second input
   export     half-precision weights in the published folder layout
   evaluate   prompts that training never saw, sampled, decoded and read by image analysis; given frames, compared
+  vfi        the frame interpolator, written and measured: pairs of moments of the clips and of moving layers, and any
+             moment between
 
 Image to video learns the official mixture (first frame 0.5, first and last 0.4, continuation 0.1) with two additions that
 the released model was not shown and the nodes offer: 0.42 first frame, 0.33 first and last, 0.10 continuation, 0.10 last
@@ -26,8 +29,8 @@ begin in mid-motion, so that colours and shape must come from the picture and th
 
 trains a LoRA for a finished model; `lora` says how.
 
-What made it work is in the code where it happens: `initialise` (networks that start as pass-throughs), `losses`
-(noise prediction weighted by 1 / alpha-bar, extra weight on objects and given frames), `recipe` (every number), `palette` (which
-combinations are held out). The losses, the loop, data-parallel workers and the moving average do not depend on the size
-and serve the released models as well.
+What made it work is in the code where it happens: `initialise` (networks that start as pass-throughs), `vfi_initialise`
+(flow heads that start as a comparison of pictures), `losses` (noise prediction weighted by 1 / alpha-bar, extra weight on
+objects and given frames), `recipe` (every number), `palette` (which combinations are held out). The losses, the loop,
+data-parallel workers and the moving average do not depend on the size and serve the released models as well.
 """

@@ -15,8 +15,9 @@ from .export import export, export_ti2v
 from .recipe import RECIPE, scaled
 from .stages import run_stage
 from .tokenizer import save_tokenizer
+from .vfi_evaluate import evaluate_vfi, export_vfi
 
-STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "export", "evaluate")
+STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "export", "evaluate", "vfi")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
         elif stage == "evaluate":
             logger.info("scores (right, total): %s", json.dumps(evaluate_folder(options.out), indent=2))
             logger.info("image to video: %s", json.dumps(evaluate_ti2v_folder(ti2v), indent=2))
+        elif stage == "vfi":
+            launch(run_stage, options.processes, stage, recipe, work)
+            path = options.out.with_name(f"{options.out.name}-vfi") / "model.safetensors"
+            logger.info("frame interpolator: %.2f MB", export_vfi(work, path) / 1e6)
+            logger.info("PSNR (model, repeated, blended): %s", json.dumps(evaluate_vfi(path), indent=2))
         else:
             launch(run_stage, options.processes, stage, recipe, work)
 

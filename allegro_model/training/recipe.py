@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import DiTConfig, SamplingConfig, VAEConfig
+from ..config import DiTConfig, SamplingConfig, VAEConfig, VFIConfig
 from .loop import LoopSettings
 from .scenes import Canvas
 
@@ -27,6 +27,7 @@ TINY_TEXT: dict[str, Any] = {
     "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
     "decoder_start_token_id": 0, "is_encoder_decoder": False, "use_cache": False,
 }
+TINY_VFI = VFIConfig(base_channels=2, depth=(1, 1, 1, 1, 1), window=7, arbitrary_time=True)
 SAMPLING = SamplingConfig(
     width=96, height=64, num_frames=24, fps=8, num_steps=30, guidance_scale=2.5, sampler="euler_ancestral",
     prompt_template=False, negative_prompt="", text_length=96,
@@ -49,6 +50,8 @@ class Recipe:
         ti2v: image-to-video transformer, from the text-to-video one.
         num_ti2v: clips in the image-to-video cache.
         ti2v_batch: clips per process and step.
+        vfi: frame interpolator.
+        vfi_batch: triplets per process and step.
         seed: of initial weights and data.
     """
 
@@ -56,6 +59,7 @@ class Recipe:
     decoder: LoopSettings
     dit: LoopSettings
     ti2v: LoopSettings
+    vfi: LoopSettings
     vae_crop: tuple[int, int] = (16, 32)
     vae_batch: int = 2
     vae_full_share: float = 0.08
@@ -63,6 +67,7 @@ class Recipe:
     dit_batch: int = 32
     num_ti2v: int = 2500
     ti2v_batch: int = 24
+    vfi_batch: int = 8
     seed: int = 0
 
 
@@ -71,6 +76,7 @@ RECIPE = Recipe(
     decoder=LoopSettings(steps=300, learning_rate=3e-4, warmup=20, decay=250, ema_decay=0.99, seed=12),
     dit=LoopSettings(steps=10000, learning_rate=1.5e-3, warmup=100, drop=(2500, 0.5), decay=5000, ema_decay=0.999, seed=13),
     ti2v=LoopSettings(steps=8500, learning_rate=1e-3, warmup=100, decay=6000, ema_decay=0.999, seed=14),
+    vfi=LoopSettings(steps=3800, learning_rate=7e-4, warmup=100, decay=2400, weight_decay=1e-4, ema_decay=0.995, seed=15),
 )
 
 
@@ -81,4 +87,4 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
     return replace(recipe, vae=shorter(recipe.vae), decoder=shorter(recipe.decoder), dit=shorter(recipe.dit),
                    ti2v=shorter(recipe.ti2v), num_ti2v=max(8, round(recipe.num_ti2v * factor)),
-                   num_latents=max(8, round(recipe.num_latents * factor)))
+                   vfi=shorter(recipe.vfi), num_latents=max(8, round(recipe.num_latents * factor)))

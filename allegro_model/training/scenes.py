@@ -47,7 +47,18 @@ class Canvas:
         return np.clip(0.5 - distance / pixel, 0.0, 1.0)
 
 
-def _mix(base: Array, colour: Array | RGB, alpha: Array) -> Array:
+@dataclass(frozen=True)
+class Moments(Canvas):
+    """A canvas whose frames are taken at chosen clip times, not evenly spaced; ``num_frames`` is their number."""
+
+    times: tuple[float, ...] = ()
+
+    def time(self) -> Array:
+        """Return the chosen clip times ``[T, 1, 1]``."""
+        return np.asarray(self.times, np.float32)[:, None, None]
+
+
+def mix(base: Array, colour: Array | RGB, alpha: Array) -> Array:
     """Lay ``colour`` over ``base [T, H, W, 3]`` with opacity ``alpha [T, H, W]``."""
     return base + (np.asarray(colour, np.float32) - base) * alpha[..., None]
 
@@ -106,7 +117,7 @@ def draw_shape(canvas: Canvas, attributes: dict[str, str], rng: np.random.Genera
         distance = _triangle(x, y, cx, cy + 0.25 * radius, 1.3 * radius)
     else:
         raise ValueError(f"unknown shape {shape!r}")
-    return _mix(frames, jitter(COLOURS[attributes["object"]], rng), canvas.coverage(distance))
+    return mix(frames, jitter(COLOURS[attributes["object"]], rng), canvas.coverage(distance))
 
 
 def draw_ball(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -> Array:
@@ -119,18 +130,18 @@ def draw_ball(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generat
     frames = _flat_background(canvas, jitter(wall, rng), rng)
     shade = 1.0 - 0.25 * np.clip((y - edge) / 20.0, 0, 1)
     floor_colour = jitter(floor, rng) * shade[..., None]
-    frames = _mix(frames, floor_colour, np.broadcast_to(canvas.coverage(edge - y), frames.shape[:3]))
+    frames = mix(frames, floor_colour, np.broadcast_to(canvas.coverage(edge - y), frames.shape[:3]))
     radius, ground = rng.uniform(11, 13), rng.uniform(53, 56)
     cx = canvas.units_wide * rng.uniform(0.3, 0.7)
     height = rng.uniform(22, 26) * np.abs(np.cos(math.pi * (time + rng.uniform(-0.08, 0.08))))
     cy = ground - radius - height
     near = 1.0 - height / 30.0
     shadow = canvas.coverage(np.sqrt(((x - cx) / 1.6) ** 2 + ((y - ground) / 0.45) ** 2) - radius * (0.4 + 0.5 * near), 6)
-    frames = _mix(frames, (0.05, 0.05, 0.05), shadow * (0.25 + 0.35 * near))
+    frames = mix(frames, (0.05, 0.05, 0.05), shadow * (0.25 + 0.35 * near))
     light = np.clip(1.0 - np.sqrt((x - cx + 0.35 * radius) ** 2 + (y - cy + 0.4 * radius) ** 2) / (1.9 * radius), 0, 1)
     colour = jitter(COLOURS[attributes["object"]], rng)
     shaded = colour * (0.62 + 0.48 * light[..., None]) + 0.25 * np.clip(light[..., None] - 0.75, 0, 1)
-    return _mix(frames, np.clip(shaded, 0, 1), canvas.coverage(_disc(x, y, cx, cy, radius)))
+    return mix(frames, np.clip(shaded, 0, 1), canvas.coverage(_disc(x, y, cx, cy, radius)))
 
 
 def _ramp(value: Array, stops: list[tuple[float, RGB]]) -> Array:
@@ -168,15 +179,15 @@ def draw_sea(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generato
     disc_colour = _ramp(height, tables["disc"])
     distance = _disc(x, y, cx, cy, rng.uniform(8, 10))
     glow = np.exp(-np.clip(distance, 0, None) / 9.0) * (0.25 if moon else 0.5)
-    frames = _mix(frames, disc_colour, glow)
-    frames = _mix(frames, disc_colour, canvas.coverage(distance))
+    frames = mix(frames, disc_colour, glow)
+    frames = mix(frames, disc_colour, canvas.coverage(distance))
     depth = np.clip((y - horizon) / (UNITS_HIGH - horizon), 0, 1)
     waves = np.sin(y * 1.3 + 2.0 * np.sin(x * 0.09 + 1.7) + 2 * math.pi * time * 1.0)
     sea = _ramp(height, tables["sea"]) * (1.0 + 0.18 * waves * (0.3 + depth))[..., None] * (1.15 - 0.3 * depth)[..., None]
     visible = np.clip(height * 4 + 0.8, 0, 1)
     beam = np.exp(-(((x - cx) / (5 + 9 * depth)) ** 2)) * (0.55 + 0.35 * waves) * visible * (0.55 if moon else 0.8)
-    sea = _mix(sea, disc_colour, beam)
-    return _mix(frames, np.clip(sea, 0, 1), np.broadcast_to(canvas.coverage(horizon - y), frames.shape[:3]))
+    sea = mix(sea, disc_colour, beam)
+    return mix(frames, np.clip(sea, 0, 1), np.broadcast_to(canvas.coverage(horizon - y), frames.shape[:3]))
 
 
 def draw_clouds(canvas: Canvas, attributes: dict[str, str], rng: np.random.Generator) -> Array:
@@ -199,14 +210,14 @@ def draw_clouds(canvas: Canvas, attributes: dict[str, str], rng: np.random.Gener
         parts = [(-1.1, 0.2, 0.75), (0.0, -0.15, 1.0), (1.15, 0.25, 0.7)]
         distance = np.minimum.reduce([_disc(x, y, centre + a * size, base + b * size, c * size) for a, b, c in parts])
         distance = np.maximum(distance, y - base - 0.6 * size)
-        frames = _mix(frames, cloud, canvas.coverage(distance, 3.0) * 0.95)
+        frames = mix(frames, cloud, canvas.coverage(distance, 3.0) * 0.95)
     phase = rng.uniform(0, 2 * math.pi, 2)
     far = 47 + 3 * np.sin(x * 0.07 + phase[0])
     near = 53 + 3 * np.sin(x * 0.05 + phase[1])
     dim = 0.7 if evening else 1.0
     for line, colour in ((far, (0.35, 0.62, 0.30)), (near, (0.20, 0.48, 0.18))):
         alpha = np.broadcast_to(canvas.coverage(line - y), frames.shape[:3])
-        frames = _mix(frames, np.asarray(colour, np.float32) * dim, alpha)
+        frames = mix(frames, np.asarray(colour, np.float32) * dim, alpha)
     return frames
 
 

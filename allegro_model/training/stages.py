@@ -12,13 +12,14 @@ from .recipe import Recipe
 from .ti2v_cache import cache_ti2v_latents
 from .ti2v_stage import train_ti2v
 from .vae_stage import train_decoder, train_vae
+from .vfi_stage import train_vfi
 
 _TRAINERS = {"vae": train_vae, "latents": cache_latents, "dit": train_dit, "decoder": train_decoder,
-             "ti2v_latents": cache_ti2v_latents, "ti2v": train_ti2v}
+             "ti2v_latents": cache_ti2v_latents, "ti2v": train_ti2v, "vfi": train_vfi}
 
 
 def run_stage(workers: Workers, stage: str, recipe: Recipe, work: Path) -> None:
-    """Run the stage ``vae``, ``latents``, ``dit``, ``decoder``, ``ti2v_latents`` or ``ti2v`` in one process of the group."""
+    """Run one of the stages above in one process of the group."""
     level = logging.INFO if workers.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s")
     _TRAINERS[stage](workers, recipe, work)

@@ -49,7 +49,7 @@ class InterFrameAttention(nn.Module):
 
     def __init__(self, width: int, motion_width: int, layers: Layers) -> None:
         super().__init__()
-        self.heads = width // VFI_HEAD_DIM
+        self.heads = max(1, width // VFI_HEAD_DIM)
         self.cast_param = layers.cast_param
         self.q = layers.linear(width, width)
         self.kv = layers.linear(width, 2 * width)
