@@ -6,6 +6,7 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -208,8 +209,10 @@ def test_ui_workflow_links_are_consistent(path: Path) -> None:
 
 
 def widget_values(node: dict) -> list:
-    """Values of a UI node in the order of its widgets, without the mode behind a seed."""
-    return [v for v in node.get("widgets_values") or [] if not (isinstance(v, str) and v in SEED_MODES)]
+    """Values of a UI node in the order of its widgets, without the mode behind a seed and what a link replaces."""
+    linked = [entry["link"] is not None for entry in node.get("inputs", []) if "widget" in entry]
+    values = [v for v in node.get("widgets_values") or [] if not (isinstance(v, str) and v in SEED_MODES)]
+    return [v for v, is_linked in zip_longest(values, linked, fillvalue=False) if not is_linked]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=relative)
