@@ -19,7 +19,7 @@ from ..media import ClipInfo, probe_clip, read_image, stream_frames
 from ..memory import free_bytes
 from ..pipeline import AllegroPipeline, SampleSettings
 from ..vae.tiling import Progress
-from .job import LATENTS_SUFFIX, Job, Through, load_latents
+from .job import LATENTS_SUFFIX, Job, Through, check_model_of, load_latents
 from .report import UsageError
 
 DEFAULT_KEEP = 8  # two latent frames: enough to show how everything moves; at most half of a short clip
@@ -108,11 +108,11 @@ def check_options(args: argparse.Namespace) -> None:
                          "of them.")
 
 
-def open_clip(job: Job) -> GivenClip | None:
+def open_clip(job: Job, pipeline: AllegroPipeline) -> GivenClip | None:
     """Looks at the file of --continue-from or --prepend-to.
 
     Raises:
-        AllegroError: it cannot be read.
+        AllegroError: it cannot be read, or holds latents of another kind of model.
     """
     args = job.args
     path = clip_path(args)
@@ -121,6 +121,7 @@ def open_clip(job: Job) -> GivenClip | None:
     before = args.prepend_to is not None
     if Path(path).suffix.lower() == LATENTS_SUFFIX:
         latents, saved = load_latents(path)
+        check_model_of(job, pipeline, path, saved)
         fps = saved.get("fps")
         return GivenClip(path, 0, before, TEMPORAL_FACTOR * int(latents.shape[2]),
                          float(fps) if isinstance(fps, int | float) else None, None, latents)
@@ -223,13 +224,14 @@ def _fit(frames: Tensor, settings: SampleSettings, fit: str) -> Tensor:
     return fit_images((frames.transpose(0, 1) + 1) / 2, settings.width, settings.height, fit).transpose(0, 1)
 
 
-def resume_given(job: Job, settings: SampleSettings, saved: Mapping[str, Any], *, latents: bool) -> Given | None:
+def resume_given(job: Job, pipeline: AllegroPipeline, settings: SampleSettings, *, saved: Mapping[str, Any],
+                 latents: bool) -> Given | None:
     """What the clip of a resumed run is joined to: --continue-from or --prepend-to, as when it was begun.
 
     The run itself brings everything else; without the option, the new clip is written alone.
 
     Args:
-        job, settings: of the run.
+        job, pipeline, settings: of the run.
         saved: its metadata.
         latents: whether it keeps latents.
     Raises:
@@ -239,7 +241,7 @@ def resume_given(job: Job, settings: SampleSettings, saved: Mapping[str, Any], *
     args = job.args
     before: Any = saved.get("given")
     known: Any = before.get("clip") if isinstance(before, dict) else None
-    clip = open_clip(job)
+    clip = open_clip(job, pipeline)
     if not isinstance(known, dict):
         if clip is not None:
             raise UsageError(f"{args.resume} was not begun with --continue-from or --prepend-to: leave that out.")

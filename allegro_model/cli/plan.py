@@ -112,7 +112,7 @@ def make_plan(job: Job) -> Plan:
     pipeline = open_model(job)
     if state is not None:
         check_model_of(job, pipeline, args.resume, saved, transformer=True)
-    clip = None if state is not None else giving.open_clip(job)
+    clip = None if state is not None else giving.open_clip(job, pipeline)
     pipeline.check_given(clip or giving.wanted(args))
     if loras:
         _ = pipeline.dit_config  # merges them: what is wrong with one must not wait until the prompt is read
@@ -120,7 +120,7 @@ def make_plan(job: Job) -> Plan:
     if state is not None:
         _check_kind(job, pipeline, state, saved)
         settings, start = _settings_of(args.resume, state), None
-        given = giving.resume_given(job, settings, saved, latents=state.kept is not None)
+        given = giving.resume_given(job, pipeline, settings, saved=saved, latents=state.kept is not None)
     else:
         settings, start, saved = _settings_and_start(job, pipeline, clip)
         given = giving.read_given(job, settings, clip) if pipeline.image_to_video else None

@@ -376,6 +376,12 @@ def test_latents_are_kept_in_whole_frames_and_sizes(allegro: Run) -> None:
         assert (code, words in err) == (3, True), err
 
 
+def test_latents_of_another_kind_of_model_are_refused(allegro: Run) -> None:
+    assert allegro("encode", "clip.mp4", "-o", "clip.safetensors", "--model", "tiny", model=None)[0] == 0
+    code, _, err = allegro("generate", PROMPT, "-o", "out.mp4", "--continue-from", "clip.safetensors")
+    assert (code, "was made with the model tiny, not TI2V" in err) == (2, True), err
+
+
 @pytest.mark.parametrize("options", [("--first-frame", "a.png"), ("--continue-from", "clip.mp4")])
 def test_the_text_to_video_model_takes_no_frames(allegro: Run, options: tuple[str, ...]) -> None:
     code, _, err = allegro("generate", PROMPT, "-o", "out.mp4", *options, model="T2V")
