@@ -56,7 +56,8 @@ def load_interpolator(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors(expected, source.shapes, what=f"{path}, {with_article(source.info.title)},")
     model.load_state_dict(read_tensors(source, device=device, dtype=dtype), strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    # The layout the convolutions work in: else they would bring the weights into it at every call.
+    return model.to(memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload]
 
 
 def refuse_pickle(path: str | Path) -> None:

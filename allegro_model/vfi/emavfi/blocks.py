@@ -72,17 +72,17 @@ class InterFrameAttention(nn.Module):
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [V, nh, N, N]
         if mask is not None:
             logits = logits.unflatten(0, (-1, mask.shape[0])).add_(mask[:, None]).flatten(0, 1)
-        weights = logits.softmax(dim=-1)
-        appearance = (weights @ v).transpose(1, 2).flatten(2)  # [V, N, C]
+        weights = logits.float().softmax(dim=-1)  # motion needs it, and in bfloat16 it is slower on a CPU
+        appearance = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # [V, N, C]
         return self.proj(appearance), self.motion_proj(self._displacement(weights, positions).to(q.dtype))
 
     def _displacement(self, weights: Tensor, positions: Tensor) -> Tensor:
-        """[V, nh, N, N], [W, N, 2] -> [V, N, M] float32, which is what a small difference needs.
+        """[V, nh, N, N], [W, N, 2] -> [V, N, M], all float32, which is what a small difference needs.
 
         The embedding is linear and the weights sum to one, so that attending to embedded positions is the same as
         embedding the attended position: two numbers per head instead of M / nh, and the bias falls out.
         """
-        where = weights.float().unflatten(0, (-1, positions.shape[0])) @ positions[:, None]  # [B, W, nh, N, 2]
+        where = weights.unflatten(0, (-1, positions.shape[0])) @ positions[:, None]  # [B, W, nh, N, 2]
         moved = (where - positions[:, None]).flatten(0, 1)  # [V, nh, N, 2]
         table: Tensor = self.cor_embed.weight  # type: ignore[assignment]
         embed = self.cast_param(table, moved).unflatten(0, (self.heads, -1))  # [nh, M / nh, 2]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Layers
+from .layers import Layers, join
 
 
 class Flow(NamedTuple):
@@ -84,6 +84,6 @@ class FlowHead(nn.Module):
         shown = [resize(images, 1 / r)]
         if flow is not None:
             shown.append(resize(flow, 1 / r) / r)
-        x = self.conv(torch.cat((x, *(part.to(x.dtype) for part in shown)), dim=1)).float()
+        x = self.conv(join(x, torch.cat(shown, dim=1).to(x.dtype))).float()
         x = resize(x, r)
         return Flow(x[:, :4] * r, x[:, 4:])

@@ -22,7 +22,7 @@ from ...ops import CastParam, cast_like
 from ..halving import by_halving
 from .features import Backbone, FrameStages, PairFeatures
 from .flow import Flow, FlowHead, head_features, resize
-from .layers import Layers
+from .layers import Layers, network_layout
 from .refine import RefineNet
 from .warp import split_flow, warp, warp_pyramid
 
@@ -299,8 +299,8 @@ class EMAVFI(nn.Module):
             found: of `estimate`.
         """
         flow, mask = found
-        warped0, warped1 = warp(torch.cat((img0, img1)), split_flow(flow)).chunk(2)
-        maps = [x.chunk(2) for x in warp_pyramid(pair.appearance, flow)]
+        warped = warp_pyramid((torch.cat((img0, img1)), *pair.appearance), flow)
+        (warped0, warped1), *maps = (x.chunk(2) for x in warped)
         detail = self.unet((img0, img1, warped0, warped1, mask, flow),
                            [first for first, _ in maps], [second for _, second in maps]).float()
         share = torch.sigmoid(mask)
@@ -320,11 +320,6 @@ def _single_number(positions: Tensor) -> float:
         raise InterpolationError(f"positions from {float(low):g} to {float(high):g} in one batch: this model knows the "
                                  "middle only and takes one position for all pairs. Interpolate pair by pair.")
     return float(low)
-
-
-def network_layout(x: Tensor) -> Tensor:
-    """[B, C, H, W] in the memory layout the convolutions are fastest in: channels last."""
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def pad_multiple(flow_scale: float) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .layers import Layers
+from .layers import Layers, join
 
 
 class _Down(nn.Module):
@@ -55,17 +55,13 @@ class RefineNet(nn.Module):
         Returns:
             [B, 3, H, W], before the sigmoid.
         """
-        s0 = self.down0(_join(*images, first[0], second[0]))  # [B, 2c, H/2, W/2]
-        s1 = self.down1(_join(s0, first[1], second[1]))  # [B, 4c, H/4, W/4]
-        s2 = self.down2(_join(s1, first[2], second[2]))  # [B, 8c, H/8, W/8]
-        x = self.down3(_join(s2, first[3], second[3]))  # [B, 16c, H/16, W/16]
-        x = self.up0(_join(x, first[4], second[4]))  # [B, 8c, H/8, W/8]
-        x = self.up1(_join(x, s2))  # [B, 4c, H/4, W/4]
-        x = self.up2(_join(x, s1))  # [B, 2c, H/2, W/2]
-        x = self.up3(_join(x, s0))  # [B, c, H, W]
+        shown = torch.cat(list(images), dim=1).to(first[0].dtype)
+        s0 = self.down0(join(shown, first[0], second[0]))  # [B, 2c, H/2, W/2]
+        s1 = self.down1(join(s0, first[1], second[1]))  # [B, 4c, H/4, W/4]
+        s2 = self.down2(join(s1, first[2], second[2]))  # [B, 8c, H/8, W/8]
+        x = self.down3(join(s2, first[3], second[3]))  # [B, 16c, H/16, W/16]
+        x = self.up0(join(x, first[4], second[4]))  # [B, 8c, H/8, W/8]
+        x = self.up1(join(x, s2))  # [B, 4c, H/4, W/4]
+        x = self.up2(join(x, s1))  # [B, 2c, H/2, W/2]
+        x = self.up3(join(x, s0))  # [B, c, H, W]
         return self.conv(x)
-
-
-def _join(*parts: Tensor) -> Tensor:
-    """Side by side, in the type of the last part, which comes from the network."""
-    return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)

@@ -6,12 +6,31 @@ pixel; shimmering details are what that looks like.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Warp = Callable[[Tensor], Tensor]
+
+
+def warping(flow: Tensor) -> Warp:
+    """What samples pictures at pixel position + flow, bilinear; beyond the border the border is repeated.
+
+    Args:
+        flow: [B, 2, H, W] float32: x and y, pixels.
+    Returns:
+        a function from [B, C, H, W] to [B, C, H, W] float32.
+    """
+    # grid_sample reads one channel after the other; without gradients a CPU is 2 to 8 times faster at whole pixels.
+    return _weighted_rows(flow) if flow.device.type == "cpu" and not torch.is_grad_enabled() else _grid_sample(flow)
+
+
+def warp(image: Tensor, flow: Tensor) -> Tensor:
+    """`warping(flow)` of one image."""
+    return warping(flow)(image)
 
 
 @lru_cache(maxsize=8)
@@ -23,19 +42,38 @@ def identity_grid(height: int, width: int, device: torch.device) -> tuple[Tensor
         return grid[None], torch.tensor((2 / max(width - 1, 1), 2 / max(height - 1, 1)), device=device)
 
 
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """Samples `image` at pixel position + flow, bilinear; beyond the border the border is repeated.
-
-    Args:
-        image: [B, C, H, W].
-        flow: [B, 2, H, W] float32: x and y, pixels.
-    Returns:
-        [B, C, H, W], float32.
-    """
-    grid, pixel = identity_grid(image.shape[2], image.shape[3], image.device)
+def _grid_sample(flow: Tensor) -> Warp:
+    grid, pixel = identity_grid(flow.shape[2], flow.shape[3], flow.device)
     # Clamped positions and zeros beyond are the same as border padding, which not every device has.
     where = torch.addcmul(grid, flow.permute(0, 2, 3, 1), pixel).clamp(-1, 1)
-    return F.grid_sample(image.float(), where, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return lambda image: F.grid_sample(image.float(), where, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def _weighted_rows(flow: Tensor) -> Warp:
+    """Every pixel of the result is the weighted sum of four pixels, which are rows of a table: an embedding bag."""
+    B, _, H, W = flow.shape
+    x = (torch.arange(W) + flow[:, 0]).clamp_(0, W - 1)  # [B, H, W]
+    y = (torch.arange(H)[:, None] + flow[:, 1]).clamp_(0, H - 1)
+    # NaN, which `int` would turn into any number, is made a position here; as a weight it remains.
+    left, top = x.nan_to_num().clamp_(0, max(W - 2, 0)).int(), y.nan_to_num().clamp_(0, max(H - 2, 0)).int()
+    right_share, low_share = x.sub_(left), y.sub_(top)
+    rows = torch.empty((B, H, W, 4), dtype=torch.int32)
+    torch.add(torch.arange(0, B * H * W, H * W, dtype=torch.int32)[:, None, None], top, alpha=W, out=rows[..., 0]).add_(left)
+    torch.add(rows[..., 0], min(W - 1, 1), out=rows[..., 1])
+    torch.add(rows[..., :2], W * min(H - 1, 1), out=rows[..., 2:])
+    shares = torch.empty((B, H, W, 4))
+    high = 1 - low_share
+    torch.mul(high, 1 - right_share, out=shares[..., 0])
+    torch.mul(high, right_share, out=shares[..., 1])
+    torch.mul(low_share, 1 - right_share, out=shares[..., 2])
+    torch.mul(low_share, right_share, out=shares[..., 3])
+
+    def sample(image: Tensor) -> Tensor:
+        table = image.float().permute(0, 2, 3, 1).reshape(B * H * W, -1)
+        made = F.embedding_bag(rows.view(-1, 4), table, per_sample_weights=shares.view(-1, 4), mode="sum")
+        return made.view(B, H, W, -1).permute(0, 3, 1, 2)
+
+    return sample
 
 
 def split_flow(flow: Tensor) -> Tensor:
@@ -44,7 +82,7 @@ def split_flow(flow: Tensor) -> Tensor:
 
 
 def warp_pyramid(maps: Sequence[Tensor], flow: Tensor) -> list[Tensor]:
-    """Warps maps of both frames, each half the size of the one before.
+    """Warps maps of both frames, each of the size of the one before or half of it.
 
     Args:
         maps: [2B, C, H, W] and so on, the first half belongs to the first frames.
@@ -52,9 +90,11 @@ def warp_pyramid(maps: Sequence[Tensor], flow: Tensor) -> list[Tensor]:
     Returns:
         [2B, C, H, W] and so on, in the maps' type.
     """
-    both, warped = split_flow(flow), []
-    for level, x in enumerate(maps):
-        if level:
+    both = split_flow(flow)
+    sample, warped = warping(both), []
+    for x in maps:
+        if x.shape[2] != both.shape[2]:
             both = F.interpolate(both, scale_factor=0.5, mode="bilinear") * 0.5
-        warped.append(warp(x, both).to(x.dtype))
+            sample = warping(both)
+        warped.append(sample(x).to(x.dtype))
     return warped
