@@ -103,7 +103,7 @@ class Malicious:
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, state, plain):
     content = published(state) | {"module.x": Malicious(tmp_path / "harm")}
     if plain:
-        (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content))
+        (tmp_path / "bad.pkl").write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, tmp_path / "bad.pkl")
     with pytest.raises(UnsupportedCheckpoint, match="can run code"):
