@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...ops import CastParam, cast_like
 
-
 # Numbers a CPU works on at once, in bfloat16. With fewer channels than that PyTorch takes them one by one, up to thirty
 # times slower, unless a whole row of a picture passes for its channels.
 _VECTOR = 32
