@@ -23,7 +23,7 @@ from ...allegro_model.config import VAE_720P, DiTConfig, VAEConfig
 from ...allegro_model.dit import AllegroDiT, AllegroTI2V
 from ...allegro_model.dit.model import trim_text
 from ...allegro_model.errors import GeometryError, TextError
-from ...allegro_model.loading import check_tensors, dit_config_from_shapes
+from ...allegro_model.loading import check_tensors, component_folder, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
 from .compat import (
     SMALL_MODEL_PARAMETERS,
@@ -332,5 +332,5 @@ def _choose_dtypes(model_config: AllegroModelConfig, weights: dict[str, Tensor],
 def vae_config_of(path: str) -> VAEConfig:
     """The VAE that belongs to a transformer; the released one where none lies beside it."""
     root = snapshot_root(path)
-    config = root / "vae" / "config.json" if root is not None else None
+    config = component_folder(root, "vae") / "config.json" if root is not None else None
     return VAE_720P if config is None or not config.is_file() else VAEConfig.from_dict(read_json(config))

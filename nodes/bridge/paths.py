@@ -22,7 +22,7 @@ INTERPOLATORS = "frame_interpolation"
 BUNDLED_INTERPOLATOR = "ema-vfi-tiny (bundled)"
 # Whole snapshots as they are published, with transformer/, vae/, text_encoder/ and tokenizer/ side by side.
 SNAPSHOTS = "allegro"
-BUNDLED = {"allegro-tiny (bundled)": "tiny"}
+BUNDLED = {"allegro-tiny (bundled)": "tiny", "allegro-tiny-ti2v (bundled)": "tiny-ti2v"}
 LORAS = "loras"
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetensors")

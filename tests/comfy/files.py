@@ -81,10 +81,10 @@ def write_text_variant(root: Path, model: Path, change: Callable[[dict[str, Tens
 
 
 def write_image_model(root: Path, model: Path) -> None:
-    """The snapshot with an image-to-video transformer whose other weights are the same."""
+    """An image-to-video transformer whose other weights are those of the snapshot, which has the rest of the model."""
     (root / "transformer").mkdir(parents=True)
-    for name in ("tokenizer", "text_encoder", "vae", "model_index.json", "transformer/config.json"):
-        os.symlink(model / name, root / name)
+    os.symlink(model / "transformer" / "config.json", root / "transformer" / "config.json")
+    (root / "model_index.json").write_text(json.dumps({"allegro_shared": f"../{model.name}"}), encoding="utf-8")
     name = "transformer/diffusion_pytorch_model.safetensors"
     shapes = shapes_of(AllegroTI2V(DIT, device="meta"))
     shared = load_file(model / name)

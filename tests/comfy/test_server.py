@@ -21,9 +21,10 @@ from allegro_model.training.analyse import compare
 
 pytestmark = pytest.mark.comfy
 
+IMAGE_WORKFLOWS = ("image_to_video", "first_last_frame", "keyframes", "continue_video")  # in test_image_server.py
 # Those that interpolate frames: test_interpolation.py.
-API_WORKFLOWS = [path for path in sorted((PACK / "workflows" / "api").glob("*.json"))
-                 if "AllegroFrameInterpolate" not in path.read_text(encoding="utf-8")]
+API_WORKFLOWS = [path for path in sorted((PACK / "workflows" / "api").glob("*.json")) if path.stem not in IMAGE_WORKFLOWS
+                 and "AllegroFrameInterpolate" not in path.read_text(encoding="utf-8")]
 BUNDLED = "allegro-tiny (bundled)"
 ASSETS = PACK / "allegro_model" / "assets" / "tiny"
 TINY_PROMPT = "a red circle moves right over a blue background"
@@ -66,8 +67,12 @@ def with_model(graph: dict[str, Any], model: str, **changes: Any) -> dict[str, A
     names = {"model_name": "transformer", "clip_name": "text_encoder", "vae_name": "vae"}
     graph = json.loads(json.dumps(graph))
     for node in graph.values():
+        if node["class_type"] == "ImageFromBatch":
+            continue  # its length is no clip's
         for name in node["inputs"]:
-            if name in names:
+            if "ti2v" in str(node["inputs"][name]):
+                node["inputs"][name] = node["inputs"][name] if model == BUNDLED else f"{model}-ti2v/transformer"
+            elif name in names:
                 node["inputs"][name] = model if model == BUNDLED else f"{model}/{names[name]}"
             elif name == "lora_name" and model != BUNDLED:
                 node["inputs"][name] = "style.safetensors"  # the bundled one does not fit
@@ -91,8 +96,8 @@ def clip_of(server: Server, graph: dict[str, Any]) -> tuple[np.ndarray, np.ndarr
     ComfyUI's encoder is not deterministic (about one file in ten differs for the same frames), so only the
     first may be compared exactly.
     """
-    (decode,) = [key for key, node in graph.items() if node["class_type"] == "AllegroVideoVAEDecode"]
-    extra = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "exact"}}
+    (images,) = [node["inputs"]["images"] for node in graph.values() if node["class_type"] == "CreateVideo"]
+    extra = {"class_type": "SaveImage", "inputs": {"images": images, "filename_prefix": "exact"}}
     outputs = server.run({**graph, "exact": extra})
     exact = np.stack([np.asarray(Image.open(io.BytesIO(server.view(e)))) for e in outputs["exact"]["images"]])
     (entry,) = [e for node in outputs.values() for e in node.get("images", []) if e["filename"].endswith(".mp4")]
@@ -157,7 +162,7 @@ def test_locales_are_served(server: Server, language: str) -> None:
 
 def test_templates_are_listed(server: Server) -> None:
     shipped = {path.stem for path in (PACK / "workflows").glob("*.json")}
-    assert {"text_to_video", "text_to_video_tiny", "lora"} <= shipped
+    assert {"text_to_video", "text_to_video_tiny", "lora", *IMAGE_WORKFLOWS} <= shipped
     assert set(server.get("/workflow_templates")["allegro-video"]) == shipped
 
 
@@ -367,7 +372,8 @@ def test_empty_folders_leave_the_bundled_model(comfyui: Any, tmp_path: Path) -> 
     server = Server(comfyui, tmp_path)
     try:
         server.start()
-        assert dropdown(server, "LoadAllegroDiT", "model_name") == [BUNDLED]
+        assert all(name.endswith("(bundled)") for name in dropdown(server, "LoadAllegroDiT", "model_name"))
+        assert dropdown(server, "LoadAllegroVAE", "vae_name") == [BUNDLED]
         with pytest.raises(PromptRefused, match="is not among the models"):
             server.submit(small())
     finally:

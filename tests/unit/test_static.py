@@ -165,7 +165,7 @@ def our_node_ids() -> set[str]:
 CORE_NODES = {
     "KSampler", "SamplerCustomAdvanced", "CFGGuider", "RandomNoise", "KSamplerSelect", "BasicScheduler", "BasicGuider",
     "CLIPTextEncode", "VAEDecode", "VAEDecodeTiled", "VAEEncode", "CreateVideo", "SaveVideo", "SaveLatent", "LoadVideo",
-    "GetVideoComponents", "LoadImage", "PreviewImage", "SaveImage", "LoraLoaderModelOnly", "EasyCache",
+    "GetVideoComponents", "LoadImage", "ImageFromBatch", "PreviewImage", "SaveImage", "LoraLoaderModelOnly", "EasyCache",
     "TorchCompileModel", "SaveAnimatedWEBP", "PrimitiveInt", "PrimitiveFloat", "PrimitiveStringMultiline",
 }
 EDITOR_NODES = {"Note", "MarkdownNote", "Reroute"}

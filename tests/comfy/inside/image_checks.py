@@ -313,6 +313,16 @@ def check_image_model_loads_again_without_dynamic_memory(h: Host) -> None:
     assert again.model.state_dict().keys() == image_model(h).model.state_dict().keys()
 
 
+def check_scale_of_a_model_that_shares_its_vae(h: Host) -> None:
+    """As the bundled one: the transformer lies alone and names the folder with the rest."""
+    models = h.base / "sharing"
+    for folder in ("image/transformer", "text/vae"):
+        (models / folder).mkdir(parents=True)
+    (models / "text" / "vae" / "config.json").write_text('{"scale_factor": 0.5}', encoding="utf-8")
+    (models / "image" / "model_index.json").write_text('{"allegro_shared": "../text"}', encoding="utf-8")
+    assert h.module("nodes.bridge.model").vae_config_of(str(models / "image" / "transformer")).scale_factor == 0.5
+
+
 # Joining
 
 
