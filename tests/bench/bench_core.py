@@ -182,6 +182,13 @@ def merged(path: Path, results: list[Result]) -> list[str]:
     return [lines[r.name] for r in rows() if r.name in lines]
 
 
+def other_sections(path: Path) -> str:
+    """What other benchmarks have written into the file, below this one's part."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    start = text.find("\n## ")
+    return text[start:] if start >= 0 else ""
+
+
 def document(table: str, threads: int) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
     return f"""# Benchmarks
@@ -227,7 +234,7 @@ def main() -> None:
             print(line(results[-1]), flush=True)
             if args.write:
                 table = "\n".join(merged(args.write, results))
-                args.write.write_text(document(table, args.threads), encoding="utf-8")
+                args.write.write_text(document(table, args.threads) + other_sections(args.write), encoding="utf-8")
 
 
 if __name__ == "__main__":
