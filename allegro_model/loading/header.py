@@ -204,7 +204,7 @@ def _explain_foreign(path: Path, start: bytes, size: int) -> str:
         return (
             f"{path} is a pickled PyTorch checkpoint (.pt, .ckpt or .bin, whatever its name says), {want}. "
             "Pickles can run code when they are opened and are never read here; download the safetensors "
-            "version."
+            "version, or convert an EMA-VFI checkpoint with: allegro convert-vfi IN.pkl OUT.safetensors."
         )
     if start.startswith(b"GGUF"):
         return f"{path} is a GGUF file, {want}. Use the safetensors version of the model here."
