@@ -45,7 +45,8 @@ class Tab:
 
     def open(self, graph: dict[str, Any]) -> None:
         self.page.evaluate(f"async graph => {{ await {APP}.loadGraphData(graph) }}", graph)
-        self.page.wait_for_function(f"() => {APP}.graph._nodes.some(node => node.type === 'LoadAllegroDiT')")
+        first = next(node["type"] for node in graph["nodes"] if node["type"] in NODES)
+        self.page.wait_for_function(f"type => {APP}.graph._nodes.some(node => node.type === type)", arg=first)
         self.page.wait_for_timeout(3000)
 
     def prompt(self) -> dict[str, Any]:
