@@ -19,7 +19,7 @@ from ...allegro_model.loading import bundled_interpolator, bundled_loras, bundle
 FOLDER_KEYS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
 # Frame interpolators belong to no snapshot. Newer versions know the folder by themselves.
 INTERPOLATORS = "frame_interpolation"
-BUNDLED_INTERPOLATOR = "ema-vfi-tiny (bundled)"
+BUNDLED_INTERPOLATOR = "allegro-tiny-vfi (bundled)"
 # Whole snapshots as they are published, with transformer/, vae/, text_encoder/ and tokenizer/ side by side.
 SNAPSHOTS = "allegro"
 BUNDLED = {"allegro-tiny (bundled)": "tiny", "allegro-tiny-ti2v (bundled)": "tiny-ti2v"}

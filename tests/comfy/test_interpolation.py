@@ -20,7 +20,7 @@ from allegro_model.media.readers import ClipContents, probe_clip, probe_contents
 pytestmark = pytest.mark.comfy
 pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed (extra: standalone)")
 
-BUNDLED = "ema-vfi-tiny (bundled)"
+BUNDLED = "allegro-tiny-vfi (bundled)"
 
 
 def graph_of(name: str, *, interpolator: str = "random_t.safetensors", **changes: Any) -> dict[str, Any]:

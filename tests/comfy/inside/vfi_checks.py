@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -14,7 +15,7 @@ import psutil
 import torch
 from bootstrap import Host, Skipped
 from checks import raises, same
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 OPTIONS = {"multiplier": 2, "source_fps": 15.0, "target_fps": 0.0, "hold_last": False, "scene_threshold": 0.2,
@@ -199,6 +200,31 @@ def check_interpolator_is_loaded_again_without_dynamic_memory(h: Host) -> None:
     assert type(again).__name__ == "ModelPatcher"
     assert all(isinstance(a, str) for a in args), "the arguments must not keep weights alive"
     assert torch.equal(interpolate(h, again, panning(2)), interpolate(h, interpolator(h), panning(2)))
+
+
+def check_half_precision_files_with_dynamic_memory(h: Host) -> None:
+    """Newer versions with dynamic memory keep matrices in the dtype of the file; what is computed stays the same."""
+    folder = h.base / "models" / "frame_interpolation"
+    weights = {name: value.half() for name, value in load_file(folder / "random_t.safetensors").items()}
+    save_file(weights, folder / "half_t.safetensors")
+    images = panning(2)
+    expected = interpolate(h, h.run("LoadAllegroFrameInterpolator", model_name="half_t.safetensors", dtype="fp32"), images)
+    memory = sys.modules.get("comfy.memory_management")
+    if not hasattr(memory, "aimdo_enabled"):
+        raise Skipped("this version of ComfyUI has no dynamic memory")
+    load, read = h.module("nodes.bridge.vfi").load_interpolator, comfy.utils.load_safetensors
+    try:
+        memory.aimdo_enabled = True
+        comfy.utils.load_safetensors = lambda path: (load_file(path), None)  # the mapping needs an accelerator's driver
+        plain = load(str(folder / "half_t.safetensors"), "fp32", disable_dynamic=True)
+        network = plain.model
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+        network.load_state_dict(weights, assign=True)  # what a dynamic patcher holds: the file's tensors, not cast
+        mixed = interpolate(h, plain, images)
+    finally:
+        memory.aimdo_enabled, comfy.utils.load_safetensors = False, read
+    assert {p.dtype for p in network.parameters()} == {torch.float16}
+    assert float((mixed - expected).abs().max()) < 1e-6
 
 
 def check_full_memory_during_frame_interpolation(h: Host) -> None:
