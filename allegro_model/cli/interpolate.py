@@ -143,14 +143,13 @@ def _pairs_that_fit(network: EMAVFI, width: int, height: int, device: torch.devi
 def _write(job: Job, output: Path, found: ClipInfo, smoothing: Smoothing, metadata: dict[str, Any]) -> str:
     """Writes the clip; returns what to say on standard output."""
     args, contents = job.args, probe_contents(job.args.clip)
-    audio = Path(args.clip) if contents.audio and keeps_audio(output) else None
-    if contents.audio and audio is None:
+    if contents.audio and not keeps_audio(output):
         job.console.say(f"{output.suffix} has no sound: that of {args.clip} is left out.")
     num_frames = round((contents.seconds or 0) * found.fps)
     with (job.report.measure("interpolating", resolve_device(args.device)),
           job.console.progress("Interpolating", "pair") as bar,
           open_writer(output, found.width, found.height, fps=metadata["fps"], metadata=metadata, quality=args.quality,
-                      force=job.force, audio=audio) as writer):
+                      force=job.force, origin=Path(args.clip)) as writer):
 
         def after_pair(done: int, pairs: int) -> None:
             bar.update(done, max(done, pairs))  # the duration that a file states is not always true

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from .ffmpeg import run, source
 _KEY = "allegro"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_KEYWORD = b"Comment"
+# Tags that every writer sets for itself.
+_OWN_TAGS = ("comment", "encoder", "major_brand", "minor_version", "compatible_brands", "duration")
 _GIF_TRAILER = b"\x3b"
 _GIF_COMMENT = b"\x21\xfe"
 
@@ -75,6 +78,14 @@ def ffmetadata(metadata: Mapping[str, Any]) -> str:
     for special in "\\=;#\n":
         comment = comment.replace(special, "\\" + special)
     return f";FFMETADATA1\ncomment={comment}\n"
+
+
+def foreign_tags(path: Path) -> str:
+    """Tags of a container that other programs have put there, as lines of an ffmetadata file; empty if there are none."""
+    _, output, _ = run(["-v", "error", *source(path), "-f", "ffmetadata", "-"])
+    text = re.split(r"^\[", output.decode("utf-8", "replace"), maxsplit=1, flags=re.MULTILINE)[0]  # without chapters
+    tags = re.findall(r"^([^;=\n][^=\n]*)=((?:\\\n|.)*)$", text, re.MULTILINE)
+    return "".join(f"{key}={value}\n" for key, value in tags if key.lower() not in _OWN_TAGS)
 
 
 def _container_comment(path: Path) -> str:

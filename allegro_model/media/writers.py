@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import AllegroError, NonFiniteError, OutputError
 from .atomic import atomic_file, check_output, exists_error, publish, temporary_name, writing
 from .ffmpeg import check_encoder, check_fps, encode_error, log_text, source, start, stop
-from .metadata import PNG_SIGNATURE, append_gif_comment, ffmetadata, png_chunk, png_comment
+from .metadata import PNG_SIGNATURE, append_gif_comment, ffmetadata, foreign_tags, png_chunk, png_comment
 from .readers import probe_contents
 
 # The reference writes H.264 at CRF 10. VP9 counts differently: 31 is its usual value, 15 much finer.
@@ -151,7 +151,7 @@ def keeps_audio(path: str | os.PathLike[str]) -> bool:
 @contextmanager
 def open_writer(path: str | os.PathLike[str], width: int, height: int, *, fps: float,
                 metadata: Mapping[str, Any] | None = None, quality: str | int = "high",
-                force: bool = False, audio: Path | None = None) -> Iterator[ClipWriter]:
+                force: bool = False, origin: Path | None = None) -> Iterator[ClipWriter]:
     """Opens a clip for writing; it appears under its name when the block ends well, and not at all otherwise.
 
     Example::
@@ -169,8 +169,8 @@ def open_writer(path: str | os.PathLike[str], width: int, height: int, *, fps: f
         metadata: JSON-able settings to keep inside the file; see `read_metadata`.
         quality: "high" (the reference's), "small", or a constant rate factor. .gif and .png have only one.
         force: an existing file may be replaced; with .png, every numbered picture of that name is.
-        audio: a file whose first sound the clip gets: as it is where the format takes it, else encoded anew. For
-            .mp4 and .webm.
+        origin: a clip whose first sound and whose tags of other programs a .mp4 or .webm gets; sound as it is where
+            the format takes it, else encoded anew.
     Raises:
         OutputError: see `check_clip_output`; or the disk or ffmpeg refused; or no frame was written.
         AllegroError: `fps` or `quality` is not a possible one.
@@ -183,7 +183,7 @@ def open_writer(path: str | os.PathLike[str], width: int, height: int, *, fps: f
         opened = _pictures(path, metadata or {}, force=force)
     else:
         arguments = _format_arguments(path.suffix.lower(), parse_quality(quality, path.suffix.lower()))
-        opened = _encoded(path, writer, fps, metadata or {}, arguments, audio, force=force)
+        opened = _encoded(path, writer, fps, metadata or {}, arguments, origin, force=force)
     with opened as writer.sink:
         yield writer
         if not writer.num_frames:
@@ -201,20 +201,22 @@ def _refuse(pixels: np.ndarray) -> None:
 
 @contextmanager
 def _encoded(path: Path, clip: ClipWriter, fps: float, metadata: Mapping[str, Any], arguments: list[str],
-             audio: Path | None, *, force: bool) -> Iterator[Sink]:
+             origin: Path | None, *, force: bool) -> Iterator[Sink]:
     """A sink that feeds ffmpeg, which writes a temporary beside `path`."""
     extension = path.suffix.lower()
     odd = (clip.height % 2, clip.width % 2) if extension == ".mp4" else (0, 0)
     with (atomic_file(path, force=force) as temporary, tempfile.TemporaryDirectory() as scratch,
           tempfile.TemporaryFile() as log):
         notes = Path(scratch, "metadata.txt")
-        notes.write_text(ffmetadata(metadata), encoding="utf-8")
+        tags = foreign_tags(origin) if origin is not None and extension in _AUDIO_KEPT else ""
+        notes.write_text(ffmetadata(metadata) + tags, encoding="utf-8")
         process = start([
             "-v", "error", "-y",
             "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{clip.width + odd[1]}x{clip.height + odd[0]}",
             "-r", str(Fraction(fps).limit_denominator(100_000)), "-i", "pipe:0",
-            "-f", "ffmetadata", "-i", str(notes), *(source(audio) if audio else []), "-map", "0:v", "-map_metadata", "1",
-            *(_audio_arguments(audio, extension) if audio else []), *arguments, f"file:{temporary}",
+            "-f", "ffmetadata", "-i", str(notes), *(source(origin) if origin else []), "-map", "0:v", "-map_metadata", "1",
+            *(_audio_arguments(origin, extension) if origin else []), *arguments,
+            *(["-movflags", "+faststart+use_metadata_tags"] if tags and extension == ".mp4" else []), f"file:{temporary}",
         ], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log)
         try:
             yield partial(_feed, process, path, log, odd)
@@ -240,11 +242,12 @@ def _format_arguments(extension: str, crf: int) -> list[str]:
     raise OutputError(f"{extension} is not a known format. Use one of {', '.join(FORMATS)}.")
 
 
-def _audio_arguments(audio: Path, extension: str) -> list[str]:
-    """Takes the first sound of the third input."""
-    codec = probe_contents(audio).audio
-    kept = codec in _AUDIO_KEPT[extension]
-    return ["-map", "2:a:0", "-c:a", "copy" if kept else _AUDIO_ENCODERS[extension]] if codec else []
+def _audio_arguments(origin: Path, extension: str) -> list[str]:
+    """Takes the first sound of the third input, if it has one and the format can have one."""
+    codec = probe_contents(origin).audio
+    if codec is None or extension not in _AUDIO_KEPT:
+        return []
+    return ["-map", "2:a:0", "-c:a", "copy" if codec in _AUDIO_KEPT[extension] else _AUDIO_ENCODERS[extension]]
 
 
 def _feed(process: subprocess.Popen[bytes], path: Path, log: IO[bytes], odd: tuple[int, int],

@@ -21,6 +21,7 @@ from allegro_model.errors import CheckpointError
 from allegro_model.loading import interpolator_metadata, load_interpolator
 from allegro_model.media import open_writer, probe_clip, probe_contents, read_frames, read_metadata
 from allegro_model.media.ffmpeg import ffmpeg_exe
+from allegro_model.media.metadata import foreign_tags
 
 pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed (extra: standalone)")
 
@@ -108,6 +109,19 @@ def test_sound_is_kept(allegro: Run, codec: str, source: str, output: str, kept:
     assert found.seconds == pytest.approx(0.625, abs=0.1)
     assert probe_clip(output).fps == 16
     assert (sound_of(output) == sound_of(source)) == kept
+
+
+@pytest.mark.parametrize("output", ["out.mp4", "out.webm"])
+def test_tags_of_other_programs_are_kept(allegro: Run, output: str) -> None:
+    workflow = '{"nodes": ["a=b;", "#\\\\"], "x": 1}'
+    subprocess.run([ffmpeg_exe(), "-v", "error", "-i", "clip.mp4", "-c", "copy", "-metadata", f"workflow={workflow}",
+                    "-metadata", "title=two\nlines", "-movflags", "use_metadata_tags", "tagged.mp4"], check=True)
+    code, _, err = allegro("interpolate", "tagged.mp4", "-o", output, "--factor", 2)
+    assert code == 0, err
+    tags = foreign_tags(Path(output))
+    assert tags.lower() == foreign_tags(Path("tagged.mp4")).lower()
+    assert '"nodes"' in tags
+    assert read_metadata(output)["prompt"] == SETTINGS["prompt"]
 
 
 def test_a_format_without_sound_says_so(allegro: Run) -> None:
