@@ -18,6 +18,7 @@ from ..joining import join_streams
 from ..media import ClipInfo, probe_clip, read_image, stream_frames
 from ..memory import free_bytes
 from ..pipeline import AllegroPipeline, SampleSettings
+from ..vae import normalise
 from ..vae.tiling import Progress
 from .job import LATENTS_SUFFIX, Job, Through, check_model_of, load_latents
 from .report import UsageError
@@ -225,7 +226,7 @@ def _fit(frames: Tensor, settings: SampleSettings, fit: str) -> Tensor:
 
 
 def resume_given(job: Job, pipeline: AllegroPipeline, settings: SampleSettings, *, saved: Mapping[str, Any],
-                 latents: bool) -> Given | None:
+                 kept: Tensor | None) -> Given | None:
     """What the clip of a resumed run is joined to: --continue-from or --prepend-to, as when it was begun.
 
     The run itself brings everything else; without the option, the new clip is written alone.
@@ -233,9 +234,9 @@ def resume_given(job: Job, pipeline: AllegroPipeline, settings: SampleSettings, 
     Args:
         job, pipeline, settings: of the run.
         saved: its metadata.
-        latents: whether it keeps latents.
+        kept: the latents it keeps, normalised; None for none.
     Raises:
-        UsageError: it was not begun with such a clip.
+        UsageError: it was not begun with such a clip, or with other latents.
         AllegroError: the clip cannot be read.
     """
     args = job.args
@@ -252,12 +253,17 @@ def resume_given(job: Job, pipeline: AllegroPipeline, settings: SampleSettings, 
             job.console.say(f"The new part is written alone. To join it, add {option} {known.get('file')}.")
         return None
     keep = known.get("keep_frames")
-    if clip.before != (option == "--prepend-to") or (clip.latents is not None) != latents or type(keep) is not int:
+    if clip.before != (option == "--prepend-to") or (clip.latents is None) != (kept is None) or type(keep) is not int:
         raise UsageError(f"{args.resume} was begun with {option} {known.get('file')}: give that again, or leave it out.")
     fit = str(before.get("fit", "crop"))
     clip, ends = _read_clip(job, clip._replace(keep=keep), settings, fit)
     frames = {} if ends is None else {p: ends[:, i] for i, p in enumerate(_positions(clip, settings.num_frames))}
-    return Given(frames, clip, settings, fit, args.new_part, {})
+    given = Given(frames, clip, settings, fit, args.new_part, {})
+    now, _ = kept_latents(given)
+    if kept is not None and now is not None and not torch.equal(normalise(now, pipeline.vae_config.scale_factor), kept):
+        raise UsageError(f"{clip.path} does not hold the latents that {args.resume} was begun with: give {option} "
+                         f"{known.get('file')} as it was then, or leave it out.")
+    return given
 
 
 # In the run

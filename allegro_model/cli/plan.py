@@ -120,7 +120,7 @@ def make_plan(job: Job) -> Plan:
     if state is not None:
         _check_kind(job, pipeline, state, saved)
         settings, start = _settings_of(args.resume, state), None
-        given = giving.resume_given(job, pipeline, settings, saved=saved, latents=state.kept is not None)
+        given = giving.resume_given(job, pipeline, settings, saved=saved, kept=state.kept)
     else:
         settings, start, saved = _settings_and_start(job, pipeline, clip)
         given = giving.read_given(job, settings, clip) if pipeline.image_to_video else None
@@ -129,11 +129,11 @@ def make_plan(job: Job) -> Plan:
     open_source(pipeline.root, "t5-encoder", subfolder="text_encoder")
     _ = pipeline.vae_config  # it is needed last: what is wrong with it must not wait until the steps are done
     fps = choose_fps(args.fps, saved, pipeline)
+    num_frames = settings.num_frames if given is None else given.num_frames
     if output is not None:
-        num_frames = settings.num_frames if given is None else given.num_frames
         check_clip_space(output, settings.width, settings.height, num_frames)
     if latents is not None:
-        check_latents_space(latents, settings.width, settings.height, settings.num_frames)
+        check_latents_space(latents, settings.width, settings.height, max(num_frames, settings.num_frames))
     # Of a resumed run, what was given when it began.
     about_given = saved.get("given") if state is not None else given.metadata if given is not None else None
     optional = {"transformer": transformer_name(job), "loras": loras, "given": about_given}

@@ -297,6 +297,16 @@ def test_a_resumed_run_without_its_clip_says_what_it_writes(allegro: Run) -> Non
     assert frames_of("new.mp4").shape[1] == 8
 
 
+@pytest.mark.parametrize(("width", "seed"), [(32, 1), (48, 0)])
+def test_a_resumed_run_is_not_joined_to_other_latents(allegro: Run, width: int, seed: int) -> None:
+    for name, options in (("own", ()), ("other", ("--width", width, "--seed", seed))):
+        assert allegro("generate", PROMPT, "-o", f"{name}.mp4", "--save-latents", f"{name}.safetensors", *options)[0] == 0
+    assert allegro("generate", PROMPT, "--continue-from", "own.safetensors", "--keep-frames", 4, "--stop-at-step", 2,
+                   "--save-latents", "h.safetensors")[0] == 0
+    code, _, err = allegro("generate", "--resume", "h.safetensors", "-o", "new.mp4", "--continue-from", "other.safetensors")
+    assert (code, "give --continue-from own.safetensors as it was then" in err) == (2, True), err
+
+
 def test_a_run_that_fails_while_it_is_joined_can_be_finished(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     same = (PROMPT, "--continue-from", "clip.mp4", "--keep-frames", 3)
     assert allegro("generate", *same, "-o", "one.png")[0] == 0
