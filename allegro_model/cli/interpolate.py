@@ -113,14 +113,14 @@ def open_smoothing(job: Job, times: FrameTimes, width: int, height: int) -> Smoo
     device = resolve_device(args.device)
     alone = job.report.command == "interpolate"  # the dtype of `generate` is that of its transformer
     dtype = (resolve_dtype(args.dtype) if alone else None) or best_dtype(device)
-    model = args.model if alone else args.interpolator
-    path = Path(model) if model is not None else bundled_interpolator()
+    model = (args.model if alone else args.interpolator) or BUNDLED
+    path = bundled_interpolator() if model == BUNDLED else Path(model)
     with job.report.measure("loading the interpolator", device):
         network = load_interpolator(path, device=device, dtype=dtype)
     options = {"flow_scale": args.flow_scale, "tta": args.tta} if alone else {}
     threshold = args.scene_threshold if alone else DEFAULT_THRESHOLD
     pairs = _pairs_that_fit(network, width, height, device, dtype)
-    name = BUNDLED if model is None else path.name
+    name = Path(model).name
     type_name = str(dtype).removeprefix("torch.")
     job.report.facts["interpolator"] = name
     job.console.say(f"{name}: interpolates {'at any position' if network.config.arbitrary_time else 'the middle of two frames'}, "

@@ -206,7 +206,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--interpolate", type=int, metavar="N",
                        help="so many frames for each, 2 to 64, at N times the rate; see allegro interpolate")
     group.add_argument("--interpolator", metavar="FILE",
-                       help="the model for it (.safetensors); default the bundled small one")
+                       help="the model for it (.safetensors); default tiny-vfi, the bundled small one")
     _add_model(parser, generate=True)
     _add_tiles(parser)
     _add_report(parser)
@@ -271,7 +271,7 @@ def _add_interpolate(commands: argparse._SubParsersAction[_Parser]) -> None:
                        help="look for motion at this share of the size: 1, 0.5 for 2K, 0.25 for 4K (default 1)")
     group.add_argument("--tta", action="store_true", help="slightly better, in twice the time")
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", metavar="FILE", help="an EMA-VFI model (.safetensors); default the bundled small one")
+    group.add_argument("--model", metavar="FILE", help="an EMA-VFI model (.safetensors); default tiny-vfi, the bundled small one")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default auto)")
     group.add_argument("--dtype", default="auto", choices=list(DTYPES),
                        help="type to compute in (default auto: the fastest that does not show)")

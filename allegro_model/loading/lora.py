@@ -135,8 +135,17 @@ def read_lora(path: str | Path, shapes: Shapes) -> dict[str, LoraLayer]:
 
 
 def lora_file(path: str | Path) -> Path:
-    """The file or folder behind the name of a bundled LoRA, or behind a path."""
-    return bundled_loras().get(Path(path).as_posix()) or Path(path)
+    """The file or folder behind the name of a bundled LoRA, or behind a path.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    bundled = bundled_loras()
+    found = bundled.get(Path(path).as_posix()) or Path(path)
+    if not found.exists():
+        raise CheckpointError(f"{path} does not exist. Give the .safetensors file of a LoRA, a folder with one, or the name of a "
+                              f"bundled LoRA: {', '.join(bundled)}.")
+    return found
 
 
 def match_names(names: Iterable[str], layers: Iterable[str]) -> tuple[Parts, list[str]]:

@@ -169,6 +169,13 @@ def test_wrong_models(allegro: Run) -> None:
     assert (code, "convert-vfi vfi.pkl vfi.safetensors" in err) == (4, True)
 
 
+def test_the_bundled_model_has_a_name(allegro: Run) -> None:
+    for output, model in (("a.png", None), ("b.png", "tiny-vfi")):
+        code, out, err = allegro("interpolate", "clip.mp4", "-o", output, "--factor", 2, "--json", model=model)
+        assert code == 0, err
+        assert json.loads(out)["interpolator"] == "tiny-vfi"
+
+
 def test_without_a_bundled_model(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Path:
         raise CheckpointError("there is no bundled frame interpolator")
