@@ -338,5 +338,5 @@ def test_bundled_loras_have_names() -> None:
     for name, path in bundled_loras().items():
         assert lora.lora_file(name) == path
         assert path.is_file()
-    with pytest.raises(CheckpointError, match="some/where.safetensors does not exist.*tiny/orange"):
+    with pytest.raises(CheckpointError, match=r"some/where\.safetensors does not exist.*tiny/orange"):
         lora.lora_file("some/where.safetensors")
