@@ -6,7 +6,9 @@ from tiny import VFI, tiny_vfi
 
 from allegro_model.config import VFI_PRESETS, VFIConfig
 from allegro_model.errors import GeometryError, InterpolationError, UnsupportedCheckpoint
+from allegro_model.ops import cast_like
 from allegro_model.vfi import EMAVFI
+from allegro_model.vfi.emavfi.layers import PReLU, TokenLinear
 from allegro_model.vfi.emavfi.warp import identity_grid, warp
 from allegro_model.vfi.emavfi.windows import crop_from_windows, pad_to_windows, window_mask, window_positions
 
@@ -99,6 +101,35 @@ def test_warp_by_whole_pixels_and_beyond_the_border():
     moved = torch.cat((image[..., 1:], image[..., -1:]), dim=-1)
     torch.testing.assert_close(warp(image, flow), moved, atol=1e-5, rtol=0)
     torch.testing.assert_close(warp(image, flow * 100), image[..., -1:].expand(1, 1, 4, 5), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(9, 11), (1, 5), (5, 1), (1, 1), (16, 24)])
+def test_both_ways_to_warp_are_the_same(size):
+    g = torch.Generator().manual_seed(0)
+    image, flow = torch.rand(2, 5, *size, generator=g), 4 * torch.randn(2, 2, *size, generator=g)
+    with torch.no_grad():
+        rows = warp(image, flow)
+    torch.testing.assert_close(rows, warp(image, flow), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_flow_without_numbers_is_no_access_out_of_bounds():
+    made = warp(torch.rand(1, 3, 4, 5), torch.full((1, 2, 4, 5), torch.nan))
+    assert made.isnan().all()
+    assert warp(torch.rand(1, 3, 4, 5), torch.full((1, 2, 4, 5), torch.inf)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_fast_layers_equal_pytorchs(dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 5, 7, generator=g).to(dtype).contiguous(memory_format=torch.channels_last)
+    prelu = PReLU(6, cast_like).to(dtype)
+    prelu.weight.copy_(torch.rand(6, generator=g))
+    assert torch.equal(prelu(x), torch.nn.functional.prelu(x, prelu.weight))
+    linear = TokenLinear(7, 11).to(dtype)
+    torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5, rtol=1e-5)
+    assert linear(x.flatten(0, 2)).shape == (60, 11)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 48), (17, 33), (50, 70)])
