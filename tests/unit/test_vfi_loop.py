@@ -177,6 +177,13 @@ def test_stills_need_no_model():
     assert not model.calls
 
 
+def test_fewer_frames_need_no_model():
+    model = Blend()
+    made = list(interpolate_stream(ramp(6), model, FrameTimes.between_rates(30, 15), scene_threshold=0))
+    assert values(made) == [0, 2, 4]
+    assert not model.frames
+
+
 def test_one_frame_is_returned_with_a_warning(caplog):
     frame = torch.rand(3, 8, 8)
     with caplog.at_level(logging.WARNING):
@@ -251,6 +258,7 @@ def test_halving():
 
     assert by_halving([0.75, 0.125], 0.0, 8.0, middle=middle, features=lambda x: x) == [6.0, 1.0]
     assert calls == [(0.0, 8.0), (0.0, 4.0), (0.0, 2.0), (4.0, 8.0)]
+    assert by_halving([0.875], 0.0, 8.0, middle=middle, features=lambda x: x) == [7.0]
     with pytest.raises(InterpolationError, match="multiplier of 2, 4, 8"):
         by_halving([1 / 3], 0.0, 8.0, middle=middle, features=lambda x: x)
 
