@@ -32,7 +32,7 @@ SAMPLING = SamplingConfig(
     width=96, height=64, num_frames=24, fps=8, num_steps=30, guidance_scale=2.5, sampler="euler_ancestral",
     prompt_template=False, negative_prompt="", text_length=96,
 )
-TI2V_SAMPLING = replace(SAMPLING, guidance_scale=2.0)
+TI2V_SAMPLING = replace(SAMPLING, guidance_scale=1.5, num_steps=10)  # more steps, and less of the picture comes back
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ RECIPE = Recipe(
     vae=LoopSettings(steps=2400, learning_rate=6e-4, warmup=50, decay=1200, ema_decay=0.995, seed=11),
     decoder=LoopSettings(steps=300, learning_rate=3e-4, warmup=20, decay=250, ema_decay=0.99, seed=12),
     dit=LoopSettings(steps=10000, learning_rate=1.5e-3, warmup=100, drop=(2500, 0.5), decay=5000, ema_decay=0.999, seed=13),
-    ti2v=LoopSettings(steps=8500, learning_rate=1e-3, warmup=100, decay=6000, ema_decay=0.999, seed=14),
+    ti2v=LoopSettings(steps=7750, learning_rate=1e-3, warmup=100, decay=5000, ema_decay=0.999, seed=14),
     vfi=LoopSettings(steps=3800, learning_rate=7e-4, warmup=100, decay=2400, weight_decay=1e-4, ema_decay=0.995, seed=15),
 )
 
