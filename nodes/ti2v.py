@@ -149,7 +149,8 @@ class AllegroContinueVideo(io.ComfyNode):
                     "How many frames of the clip are given, fewer than length. More keeps motion and looks better and leaves "
                     "fewer new frames: length less keep_frames. With samples a multiple of 4. Start with 8.")),
                 io.Combo.Input("direction", options=list(DIRECTIONS), default="append", tooltip=(
-                    "append: the new clip begins with the last frames of the given one. prepend: it ends with its first frames.")),
+                    "append: the new clip begins with the last frames of the given one. prepend: it ends with its first "
+                    "frames.")),
                 *clip_inputs(MIN_LENGTH),
                 io.Latent.Input("samples", optional=True, tooltip=(
                     "The latents that the clip was decoded from. Those of the kept frames are carried over as they are, which "
@@ -211,8 +212,8 @@ class AllegroJoinVideos(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, overlap: int | None = None, match_colors: str | None = None) -> bool | str:
-        """Before anything runs. An input that is linked is None here and checked in `execute`."""
+    def validate_inputs(cls, match_colors: str | None = None) -> bool | str:
+        """Before anything runs; ComfyUI checks the range of `overlap`. A linked input is None here and checked in `execute`."""
         return True if match_colors in (None, *MATCHES) else _bad_choice("match_colors", match_colors, MATCHES)
 
     @classmethod
