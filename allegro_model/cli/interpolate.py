@@ -86,7 +86,7 @@ def interpolate(job: Job) -> None:
     found = probe_clip(args.clip)
     times = (FrameTimes.multiplied(args.factor, hold_last=args.hold_last) if args.factor is not None
              else FrameTimes.between_rates(found.fps, args.fps, hold_last=args.hold_last))
-    fps = args.fps if args.fps is not None else times.output_fps(found.fps)
+    fps = times.output_fps(found.fps)
     check_fps(fps)
     smoothing = open_smoothing(job, times, found.width, found.height)
     metadata = {**read_metadata(args.clip), "fps": fps, "interpolation": smoothing.settings, **base_metadata()}

@@ -12,6 +12,7 @@ from .halving import halving_levels
 # Positions that halving does not reach are moved to the nearest eighth, at most a sixteenth away.
 _NEAREST = 8
 _MAX_DENOMINATOR = 100_000  # 30000/1001 and its kind are exact
+_ABBREVIATED = 0.0005  # 119.88 is that close to 120000/1001
 MAX_MULTIPLIER = 64
 
 
@@ -49,9 +50,9 @@ class FrameTimes:
         """
         rates = []
         for name, fps in (("source_fps", source_fps), ("target_fps", target_fps)):
-            if not math.isfinite(fps) or not Fraction(fps).limit_denominator(_MAX_DENOMINATOR) > 0:
+            if not math.isfinite(fps) or not _rate(fps) > 0:
                 raise InterpolationError(f"{name}={fps}: must be above 0 frames per second.")
-            rates.append(Fraction(fps).limit_denominator(_MAX_DENOMINATOR))
+            rates.append(_rate(fps))
         if rates[1] > MAX_MULTIPLIER * rates[0]:
             raise InterpolationError(f"target_fps={float(rates[1]):g}: at most {MAX_MULTIPLIER} times the source's "
                                      f"{float(rates[0]):g}, which is {float(MAX_MULTIPLIER * rates[0]):g}.")
@@ -67,7 +68,7 @@ class FrameTimes:
 
     def output_fps(self, source_fps: float) -> float:
         """Frames per second of the result."""
-        return float(Fraction(source_fps).limit_denominator(_MAX_DENOMINATOR) / self.step)
+        return float(_rate(source_fps) / self.step)
 
     def between(self, index: int) -> list[Fraction]:
         """Positions in [0, 1) of the frames of the result that lie at or after source frame `index`, before the next."""
@@ -79,6 +80,14 @@ class FrameTimes:
         """How often the last of `num_frames` is shown: what lies there, and after it if it is held."""
         positions = self.between(num_frames - 1)
         return len(positions) if self.hold_last else positions.count(Fraction(0))
+
+
+def _rate(fps: float | Fraction) -> Fraction:
+    """The rate that a number stands for: people write 23.976, 29.97 and 59.94 for 24, 30 and 60 times 1000/1001."""
+    television = Fraction(1000 * round(fps * 1.001), 1001)
+    if fps != round(fps) and abs(float(fps) - float(television)) < _ABBREVIATED:
+        return television
+    return Fraction(fps).limit_denominator(_MAX_DENOMINATOR)
 
 
 def is_reached_by_halving(times: FrameTimes) -> bool:

@@ -87,6 +87,16 @@ def test_rates(rates, hold_last, count):
     assert math.isclose(times.output_fps(rates[0]), rates[1])
 
 
+@pytest.mark.parametrize(("short", "exact"), [(23.976, 24000), (29.97, 30000), (59.94, 60000), (119.88, 120000)])
+def test_rates_of_television_may_be_written_short(short, exact):
+    """Else none of the source's own frames would be in the result but the first."""
+    times = FrameTimes.between_rates(exact / 2 / 1001, short)
+    assert times.step == Fraction(1, 2)
+    assert times == FrameTimes.between_rates(Fraction(exact, 2002), Fraction(exact, 1001))
+    assert times.output_fps(exact / 2002) == exact / 1001
+    assert FrameTimes.between_rates(25, 29.96).step == Fraction(2500, 2996)
+
+
 def test_a_long_clip_does_not_drift():
     times = FrameTimes.between_rates(30000 / 1001, 60)
     assert sum(len(times.between(k)) for k in range(20_000)) == times.count(20_001) - 1
