@@ -144,7 +144,7 @@ class AllegroContinueVideo(io.ComfyNode):
             search_aliases=["ti2v", "extend video", "long video", "continuation", "prepend"],
             inputs=[
                 *_prompt_inputs(),
-                io.Image.Input("clip", tooltip="The frames of the clip to continue, in order; best of the new clip's size."),
+                io.Image.Input("images", tooltip="The frames of the clip to continue, in order; best of the new clip's size."),
                 io.Int.Input("keep_frames", default=8, min=1, max=MAX_FRAMES - 1, step=1, tooltip=(
                     "How many frames of the clip are given, fewer than length. More keeps motion and looks better and leaves "
                     "fewer new frames: length less keep_frames. With samples a multiple of 4. Start with 8.")),
@@ -168,13 +168,13 @@ class AllegroContinueVideo(io.ComfyNode):
         return _problem(width, height, length, batch_size, fit=fit, keep_frames=keep_frames, direction=direction)
 
     @classmethod
-    def execute(cls, positive: list[Any], negative: list[Any], vae: Any, clip: Any, keep_frames: int, direction: str, width: int,
+    def execute(cls, positive: list[Any], negative: list[Any], vae: Any, images: Any, keep_frames: int, direction: str, width: int,
                 height: int, length: int, batch_size: int, fit: str, samples: dict[str, Any] | None = None) -> io.NodeOutput:
         _check(width, height, length, batch_size, fit=fit, keep_frames=keep_frames, direction=direction)
-        if len(clip) < keep_frames:
-            raise GeometryError(f"keep_frames={keep_frames}: the clip has {len(clip)} frames. Keep at most {len(clip)}.")
+        if len(images) < keep_frames:
+            raise GeometryError(f"keep_frames={keep_frames}: the clip has {len(images)} frames. Keep at most {len(images)}.")
         at_end = direction == "prepend"
-        kept = to_frames([clip[:keep_frames] if at_end else clip[-keep_frames:]], width, height, fit)
+        kept = to_frames([images[:keep_frames] if at_end else images[-keep_frames:]], width, height, fit)
         given = (GivenFrames.end_of if at_end else GivenFrames.start_of)(kept, length)
         latent = latent_for(given, batch_size)
         if samples is not None:

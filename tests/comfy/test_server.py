@@ -41,7 +41,7 @@ NODES = {
     "EmptyAllegroLatentVideo": (CLIP_SIZE, ["LATENT"]),
     "AllegroImageToVideo": (["positive", "negative", "vae", *CLIP_SIZE, "fit"], GIVEN),
     "AllegroKeyframes": (["positive", "negative", "vae", "images", "positions", *CLIP_SIZE, "fit"], GIVEN),
-    "AllegroContinueVideo": (["positive", "negative", "vae", "clip", "keep_frames", "direction", *CLIP_SIZE, "fit"], GIVEN),
+    "AllegroContinueVideo": (["positive", "negative", "vae", "images", "keep_frames", "direction", *CLIP_SIZE, "fit"], GIVEN),
     "AllegroJoinVideos": (["first", "second", "overlap", "match_colors"], ["IMAGE"]),
     "AllegroScheduler": (["steps", "denoise"], ["SIGMAS"]),
     "AllegroSampler": (["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "denoise",

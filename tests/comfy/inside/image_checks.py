@@ -85,8 +85,8 @@ def check_condition_equals_the_package(h: Host) -> None:
         (outputs(h, "AllegroImageToVideo", start_image=batch[:1], end_image=batch[1:2]), batch[:2], [0, 23]),
         (outputs(h, "AllegroImageToVideo", start_image=batch[:3], end_image=batch[3:]), batch, [0, 1, 2, 23]),
         (outputs(h, "AllegroKeyframes", images=batch[:2], images_2=batch[2:], positions="0, 5,13 -1"), batch, [0, 5, 13, 23]),
-        (outputs(h, "AllegroContinueVideo", clip=clip, keep_frames=6, direction="append"), clip[-6:], [*range(6)]),
-        (outputs(h, "AllegroContinueVideo", clip=clip, keep_frames=6, direction="prepend"), clip[:6], [*range(18, 24)]),
+        (outputs(h, "AllegroContinueVideo", images=clip, keep_frames=6, direction="append"), clip[-6:], [*range(6)]),
+        (outputs(h, "AllegroContinueVideo", images=clip, keep_frames=6, direction="prepend"), clip[:6], [*range(18, 24)]),
     ]
     for (positive, negative, latent), frames, positions in cases:
         expected = reference_condition(h, frames, positions)
@@ -154,7 +154,7 @@ def check_second_run_is_identical_and_inputs_are_unchanged(h: Host) -> None:
     before = copy.deepcopy(inputs)
     for node_id, changes in (("AllegroImageToVideo", {"start_image": images}),
                              ("AllegroKeyframes", {"images": images, "positions": "0 3 9"}),
-                             ("AllegroContinueVideo", {"clip": clip, "keep_frames": 8, "direction": "append", "samples": samples})):
+                             ("AllegroContinueVideo", {"images": clip, "keep_frames": 8, "direction": "append", "samples": samples})):
         first, second = (outputs(h, node_id, **changes) for _ in range(2))
         assert same(first, second), node_id
         kept = copy.deepcopy(first)
@@ -223,7 +223,7 @@ def check_carried_latents_are_kept(h: Host) -> None:
     samples = torch.randn((1, 4, 5, 8, 12), generator=torch.Generator().manual_seed(6))
     clip = pictures(20)
     for direction, kept, source in (("append", slice(0, 2), slice(3, 5)), ("prepend", slice(4, 6), slice(0, 2))):
-        given = outputs(h, "AllegroContinueVideo", clip=clip, keep_frames=8, direction=direction, samples={"samples": samples},
+        given = outputs(h, "AllegroContinueVideo", images=clip, keep_frames=8, direction=direction, samples={"samples": samples},
                         batch_size=2)
         for result in (run(h, given), core_run(h, given)):
             assert result.shape == (2, 4, 6, 8, 12)
@@ -371,7 +371,7 @@ def check_wrong_inputs_are_explained(h: Host) -> None:
         ("AllegroContinueVideo", "at least 2, 8, 12]", {"samples": {"samples": torch.zeros((1, 4, 1, 8, 12))}}),
         ("AllegroContinueVideo", "latents of shape [1, 16", {"samples": {"samples": torch.zeros((1, 16, 3, 8, 12))}}),
     ]
-    defaults = {"AllegroContinueVideo": {"clip": clip, "keep_frames": 8, "direction": "append"}}
+    defaults = {"AllegroContinueVideo": {"images": clip, "keep_frames": 8, "direction": "append"}}
     for node_id, words, changes in cases:
         raises("GeometryError", words, lambda node_id=node_id, changes=changes: outputs(
             h, node_id, **{**defaults.get(node_id, {}), **changes}))
