@@ -182,8 +182,9 @@ def _rescue(job: Job, plan: Plan, state: SampleState) -> None:
         return
     job.report.facts["latents"] = str(path)
     if finished:
+        then = "" if job.args.interpolate is None else ", and interpolate the video with: allegro interpolate"
         job.remarks.append(f"The finished latents are in {path}. Decode them with: allegro decode "
-                           f"{shlex.quote(str(path))}{_options(job, plan)}")
+                           f"{shlex.quote(str(path))}{_options(job, plan)}{then}")
     else:
         job.report.facts["step"] = state.step
         job.remarks.append(_how_to_resume(job, plan, state, path))

@@ -15,6 +15,8 @@ DEFAULT_THRESHOLD = 0.2
 
 def thumbnail(frame: Tensor) -> Tensor:
     """[3, H, W] in [0, 1] -> [1, 1, 32, 32], the mean of the colours."""
+    if frame.device.type == "mps":  # pools to sizes that divide the frame's only
+        frame = frame.cpu()
     return F.adaptive_avg_pool2d(frame.float()[None], (_SIDE, _SIDE)).mean(dim=1, keepdim=True)
 
 
