@@ -254,8 +254,8 @@ def test_generate_and_interpolate(allegro: Run, tmp_path: Path) -> None:
 def test_latents_survive_a_failed_interpolation(allegro: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed (extra: standalone)")
     monkeypatch.setattr(command.EMAInterpolator, "between", lambda *_: 1 / 0)
-    code, _, err = allegro("generate", "a red circle", "-o", "clip.mp4", "--interpolate", 2, "--interpolator", "vfi.safetensors",
+    code, _, err = allegro("generate", "a red circle", "-o", "new.mp4", "--interpolate", 2, "--interpolator", "vfi.safetensors",
                            model=str(write_snapshot(tmp_path / "Small")))
     assert code == 1
-    assert "Decode them with: allegro decode clip.latents.safetensors -o clip.mp4" in err
+    assert "Decode them with: allegro decode new.latents.safetensors -o new.mp4" in err
     assert err.rstrip().endswith("and interpolate the video with: allegro interpolate")
