@@ -222,7 +222,7 @@ class AllegroJoinVideos(io.ComfyNode):
             raise GeometryError(_bad_choice("match_colors", match_colors, MATCHES))
         clips = [to_frames([clip], clip.shape[2], clip.shape[1], "stretch").movedim(1, 0) for clip in (first, second)]
         joined = join_clips(*clips, overlap, adjust=MATCHES[match_colors])  # [3, T, H, W] in [-1, 1]
-        return io.NodeOutput(joined.movedim(0, -1).mul_(0.5).add_(0.5))
+        return io.NodeOutput(joined.movedim(0, -1).contiguous().mul_(0.5).add_(0.5))
 
 
 def parse_positions(text: str) -> list[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import node_helpers
 import torch
@@ -39,12 +40,13 @@ def to_frames(images: Sequence[Tensor | None], width: int, height: int, fit: str
         images: [n, h, w, channels] in [0, 1]; None is an input that nothing is connected to.
         width, height, fit: as in `fit_images`.
     Returns:
-        [N, 3, height, width] in [-1, 1].
+        [N, 3, height, width] in [-1, 1], where ComfyUI keeps what nodes make: pictures may come from several devices.
     Raises:
         GeometryError: as in `fit_images`.
     """
-    frames = [fit_images(batch.movedim(-1, 1), width, height, fit) for batch in images if batch is not None]
-    return torch.cat(frames) if frames else torch.zeros((0, 3, height, width))
+    device = comfy.model_management.intermediate_device()
+    frames = [fit_images(batch.to(device).movedim(-1, 1), width, height, fit) for batch in images if batch is not None]
+    return torch.cat(frames) if frames else torch.zeros((0, 3, height, width), device=device)
 
 
 def set_given_frames(positive: Conditioning, negative: Conditioning, vae: Any, given: GivenFrames) -> list[Conditioning]:
@@ -126,13 +128,15 @@ def concat_condition(values: Mapping[str, Any], noise: Tensor, scale: Callable[[
     Returns:
         [1 or B, 8, t, h, w] float32; without given frames zeros and a mask of ones.
     Raises:
-        GeometryError: the given frames are for a clip of another length.
+        GeometryError: the given frames are for a clip of another length, or for another model.
     """
     image, mask = values.get("concat_latent_image"), values.get("concat_mask")
     if image is None:
         empty = torch.zeros_like(noise[:1], dtype=torch.float32)
         return torch.cat((empty, torch.ones_like(empty)), dim=1)
-    mask = torch.ones_like(image) if mask is None else mask.expand(-1, LATENT_CHANNELS, -1, -1, -1)
+    mask = torch.ones_like(image[:, :1]) if mask is None else mask
+    _check_given(image, mask)
+    mask = mask.expand(-1, LATENT_CHANNELS, -1, -1, -1)
     size, wanted = image.shape[2:], noise.shape[2:]
     if size[0] != wanted[0]:
         raise GeometryError(f"the given frames are for a clip of {TEMPORAL_FACTOR * size[0]} frames, the latent has "
@@ -142,3 +146,12 @@ def concat_condition(values: Mapping[str, Any], noise: Tensor, scale: Callable[[
         video, mask = (comfy.utils.common_upscale(part, wanted[2], wanted[1], method, "disabled")
                        for part, method in ((video, "bilinear"), (mask, "nearest-exact")))
     return torch.cat((video, mask), dim=1)
+
+
+def _check_given(image: Tensor, mask: Tensor) -> None:
+    """Nodes for other models set the same values, in forms of their own."""
+    fits = image.ndim == mask.ndim == 5 and image.shape[1] == LATENT_CHANNELS and mask.shape[1] in (1, LATENT_CHANNELS)
+    if not fits or image.shape[2:] != mask.shape[2:]:
+        raise GeometryError(f"the conditioning holds given frames of shape {list(image.shape)} with a mask {list(mask.shape)}, "
+                            f"expected [1, {LATENT_CHANNELS}, t, h, w] for both: it was made for another model. Connect Allegro "
+                            "Image to Video, Allegro Keyframes or Allegro Continue Video.")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
@@ -219,6 +220,32 @@ def check_latents_of_other_sizes(h: Host) -> None:
         assert run(h, (positive, negative, latent), steps=2).shape == (1, 4, 6, *size)
 
 
+def check_frames_given_by_nodes_of_other_models_are_explained(h: Host) -> None:
+    """Those of ComfyUI's inpainting node, in the size of pictures, and latents of 16 channels. One channel for all is enough."""
+    positive, negative, latent = first_and_last(h)
+
+    def changed(**values: Tensor) -> tuple[Any, Any, Any]:
+        return [[positive[0][0], {**positive[0][1], **values}]], negative, latent
+
+    latents = positive[0][1]["concat_latent_image"]
+    for values in ({"concat_mask": torch.zeros((1, 1, 64, 96))}, {"concat_latent_image": latents.repeat(1, 4, 1, 1, 1)},
+                   {"concat_mask": torch.zeros((1, 1, 5, 8, 12))}):
+        raises("GeometryError", "it was made for another model", lambda values=values: run(h, changed(**values), steps=2))
+    one = changed(concat_mask=torch.ones((1, 1, 6, 8, 12)))
+    assert torch.equal(run(h, one, steps=2), run(h, changed(concat_mask=torch.ones((1, 4, 6, 8, 12))), steps=2))
+
+
+def check_pictures_of_several_devices_meet(h: Host) -> None:
+    """With --gpu-only a decoder leaves frames on the GPU, and a file is read elsewhere."""
+    kept = comfy.model_management.intermediate_device
+    comfy.model_management.intermediate_device = lambda: torch.device("meta")
+    try:
+        frames = h.module("nodes.bridge.conditioning").to_frames([pictures(1), pictures(2).to("meta"), None], 96, 64, "crop")
+    finally:
+        comfy.model_management.intermediate_device = kept
+    assert (frames.device.type, frames.shape) == ("meta", (3, 3, 64, 96))
+
+
 def check_carried_latents_are_kept(h: Host) -> None:
     samples = torch.randn((1, 4, 5, 8, 12), generator=torch.Generator().manual_seed(6))
     clip = pictures(20)
@@ -332,6 +359,7 @@ def check_joined_clips(h: Host) -> None:
     first, second = base[:24], base[16:] * 0.9 + 0.03
     joined = h.run("AllegroJoinVideos", first=first, second=second, overlap=8, match_colors="second to first")
     assert joined.shape == (40, 48, 64, 3)
+    assert joined.is_contiguous(), "other packs look at frames through views"
     assert torch.allclose(joined, base, atol=1e-4)
     assert torch.allclose(joined[:16], first[:16], atol=1e-6)
     other = h.run("AllegroJoinVideos", first=first * 0.9, second=base[16:], overlap=8, match_colors="first to second")
