@@ -34,12 +34,14 @@ def fit_images(images: Tensor, width: int, height: int, fit: str = "crop") -> Te
     Returns:
         [N, 3, height, width] float32 in [-1, 1].
     Raises:
-        GeometryError: another number of dimensions or channels, an empty picture, an unknown `fit`.
+        GeometryError: another number of dimensions or channels, an empty picture, whole numbers, an unknown `fit`.
     """
     if fit not in FITS:
         raise GeometryError(f"fit={fit!r}: must be one of {', '.join(FITS)}.")
     if images.ndim != 4 or not 1 <= images.shape[1] <= 4 or 0 in images.shape:
         raise GeometryError(f"images of shape {list(images.shape)}: expected [N, 1 to 4 channels, height, width].")
+    if not images.is_floating_point():
+        raise GeometryError(f"images of {images.dtype}: expected numbers from 0 to 1. Divide whole ones by 255.")
     rgb = _to_rgb(images.float())
     if fit == "crop":
         rgb = _centre_crop(rgb, height / width)

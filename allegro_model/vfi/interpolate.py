@@ -108,10 +108,12 @@ def interpolate_clip(
     Returns:
         [times.count(N), H, W, 3] float32 on the images' device.
     Raises:
-        InterpolationError: see `interpolate_stream`; or the images have fewer than three channels.
+        InterpolationError: see `interpolate_stream`; or the images have fewer than three channels, or are whole numbers.
     """
     if images.ndim != 4 or images.shape[3] < 3:
         raise InterpolationError(f"images {list(images.shape)}: expected [frames, height, width, 3].")
+    if not images.is_floating_point():
+        raise InterpolationError(f"images of {images.dtype}: expected numbers from 0 to 1. Divide whole ones by 255.")
     out = torch.empty((times.count(len(images)), *images.shape[1:3], 3), dtype=torch.float32, device=images.device)
     frames = (image[..., :3].movedim(-1, 0) for image in images)
     stream = interpolate_stream(frames, interpolator, times, scene_threshold=scene_threshold,

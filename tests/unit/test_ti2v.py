@@ -117,6 +117,11 @@ def test_what_is_no_picture_is_refused(bad: Tensor) -> None:
         fit_images(bad, 8, 8)
 
 
+def test_bytes_are_refused() -> None:
+    with pytest.raises(GeometryError, match=r"torch\.uint8.*255"):
+        fit_images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), 8, 8)
+
+
 def test_unknown_fit_is_refused() -> None:
     with pytest.raises(GeometryError, match="crop, pad, stretch"):
         fit_images(frames(1), 8, 8, "zoom")

@@ -214,6 +214,8 @@ def test_what_cannot_be_interpolated():
         list(interpolate_stream(ramp(2), Blend(), times, scene_threshold=1.5))
     with pytest.raises(InterpolationError, match="expected"):
         interpolate_clip(torch.zeros(2, 8, 8, 1), Blend(), times)
+    with pytest.raises(InterpolationError, match=r"torch\.uint8.*255"):
+        interpolate_clip(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), Blend(), times)
 
 
 def test_progress_counts_pairs_and_cancels_within_one():
