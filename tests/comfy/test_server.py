@@ -52,6 +52,11 @@ NODES = {
     "AllegroFrameInterpolate": (["interp_model", "images", "multiplier", "source_fps", "target_fps", "hold_last",
                                  "scene_threshold", "flow_scale", "tta"], ["IMAGE", "FLOAT"]),
 }
+OPTIONAL = {
+    "AllegroImageToVideo": ["start_image", "end_image"],
+    "AllegroKeyframes": ["images_2", "images_3", "images_4"],
+    "AllegroContinueVideo": ["samples"],
+}
 CATEGORIES = {
     "LoadAllegroDiT": "loaders", "LoadAllegroT5": "loaders", "LoadAllegroVAE": "loaders", "AllegroLoraLoader": "loaders",
     "AllegroT5Encode": "conditioning", "EmptyAllegroLatentVideo": "latent", "AllegroScheduler": "sampling",
@@ -116,6 +121,7 @@ def test_object_info_is_complete(server: Server) -> None:
     for node_id, (inputs, outputs) in NODES.items():
         info = server.get(f"/object_info/{node_id}")[node_id]
         assert info["input_order"]["required"] == inputs, node_id
+        assert info["input_order"].get("optional", []) == OPTIONAL.get(node_id, []), node_id
         assert info["output"] == outputs
         assert info["category"] == f"Allegro/{CATEGORIES[node_id]}"
         assert len(info["description"]) > 40

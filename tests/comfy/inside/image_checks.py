@@ -246,6 +246,26 @@ def check_pictures_of_several_devices_meet(h: Host) -> None:
     assert (frames.device.type, frames.shape) == ("meta", (3, 3, 64, 96))
 
 
+def check_several_conditionings(h: Host) -> None:
+    """Combined, some with frames and some without, of other lengths of text, for a part of the steps or of the picture."""
+    positive, negative, latent = first_and_last(h)
+    plain = prompts(h)[0]
+    combine, until, masked = (h.core.NODE_CLASS_MAPPINGS[name] for name in (
+        "ConditioningCombine", "ConditioningSetTimestepRange", "ConditioningSetMask"))
+    expected = core_run(h, (positive, negative, latent), steps=4)
+    early = call(until, conditioning=positive, start=0.0, end=0.5)
+    late = call(until, conditioning=plain, start=0.5, end=1.0)
+    mask = torch.zeros((64, 96))
+    mask[:, :48] = 1
+    half = call(masked, conditioning=positive, mask=mask, strength=1.0, set_cond_area="default")
+    other = call(masked, conditioning=plain, mask=1 - mask, strength=1.0, set_cond_area="default")
+    for first, second in ((positive, plain), (early, late), (half, other)):
+        both = call(combine, conditioning_1=first, conditioning_2=second)
+        result = core_run(h, (both, negative, {"samples": torch.zeros((2, 4, 6, 8, 12))}), steps=4)
+        assert torch.isfinite(result).all()
+        assert relative(result[:1], expected) > 1e-4
+
+
 def check_carried_latents_are_kept(h: Host) -> None:
     samples = torch.randn((1, 4, 5, 8, 12), generator=torch.Generator().manual_seed(6))
     clip = pictures(20)
