@@ -58,7 +58,7 @@ class _Interpolator:
         triplets = self._draw(rng)
         first, between, second, position = stack(triplets)
         before, after = (self.model.features(frame, 1.0, torch.float32) for frame in (first, second))
-        found = self.model.predict(before, after, [position])[0]
+        found = next(self.model.predict(before, after, [position]))
         return vfi_loss(found.frame, found.merged, between) + FLOW_WEIGHT * flow_error(found.flow, triplets)
 
 

@@ -1,5 +1,7 @@
 """EMA-VFI: what sizes, batches, caches and precision must not change."""
 
+import weakref
+
 import pytest
 import torch
 from tiny import VFI, tiny_vfi
@@ -146,7 +148,7 @@ def test_any_size_works(size):
 def test_sides_of_sixteen_without_padding():
     model = tiny_vfi()
     frames = [model.features(x[..., :16, :16], 1.0, torch.float32) for x in pair()]
-    assert model.predict(*frames, [0.5])[0].frame.shape == (1, 3, 16, 16)
+    assert next(model.predict(*frames, [0.5])).frame.shape == (1, 3, 16, 16)
 
 
 @torch.inference_mode()
@@ -214,6 +216,22 @@ def test_half_precision_stays_close_and_warps_in_float32(dtype):
     assert found.flow.dtype == torch.float32
     assert (found.frame - exact).abs().mean() < 0.003
     assert model(a.to(dtype), b.to(dtype)).dtype == dtype
+
+
+@torch.inference_mode()
+def test_many_positions_hold_one_flow(monkeypatch):
+    """64 times the frames would else keep 63 flows of full size."""
+    model, flows = tiny_vfi(), []
+    refine = model.refine
+
+    def watched(img0, img1, features, found):
+        assert all(flow() is None for flow in flows[:-1])
+        flows.append(weakref.ref(found.flow))
+        return refine(img0, img1, features, found)
+
+    monkeypatch.setattr(model, "refine", watched)
+    frames = [model.extract_features(x) for x in pair()]
+    assert len(model.between(*frames, [0.2, 0.4, 0.6, 0.8])) == len(flows) == 4
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ MCG-NJU/EMA-VFI, arXiv 2303.00440.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -223,7 +223,7 @@ class EMAVFI(nn.Module):
             NonFiniteError: NaN or Inf in the computation.
         """
         def middle(left: FrameFeatures, right: FrameFeatures) -> Tensor:
-            return self._finished(self.predict(left, right, [0.5])[0], left)
+            return self._finished(next(self.predict(left, right, [0.5])), left)
 
         def again(frame: Tensor) -> FrameFeatures:
             scale = 1.0 if first.small is None else first.small.frame.shape[2] / first.frame.shape[2]
@@ -245,8 +245,8 @@ class EMAVFI(nn.Module):
         return crop(found.frame, features.padding)
 
     def predict(self, first: FrameFeatures, second: FrameFeatures,
-                positions: Sequence[Tensor | float]) -> list[Prediction]:
-        """As `between`, with everything that led to the frames; padded.
+                positions: Sequence[Tensor | float]) -> Iterator[Prediction]:
+        """As `between`, with everything that led to the frames; padded. One by one, since each is several frames large.
 
         Of augmented predictions `frame` and `detail` are means over both directions, the rest is that of the plain
         one.
@@ -255,20 +255,20 @@ class EMAVFI(nn.Module):
         if first.turned is None or second.turned is None:
             return plain
         turned = self._predict(first.turned, second.turned, positions)
-        return [p._replace(frame=(p.frame + q.frame.flip(2, 3)) / 2, detail=(p.detail + q.detail.flip(2, 3)) / 2)
-                for p, q in zip(plain, turned, strict=True)]
+        return (p._replace(frame=(p.frame + q.frame.flip(2, 3)) / 2, detail=(p.detail + q.detail.flip(2, 3)) / 2)
+                for p, q in zip(plain, turned, strict=True))
 
     def _predict(self, first: FrameFeatures, second: FrameFeatures,
-                 positions: Sequence[Tensor | float]) -> list[Prediction]:
+                 positions: Sequence[Tensor | float]) -> Iterator[Prediction]:
         pair = self.feature_bone.pair(first.stages, second.stages)
         if first.small is None or second.small is None:
-            return [self.refine(first.frame, second.frame, pair, self.estimate(first.frame, second.frame, pair, t))
-                    for t in positions]
+            return (self.refine(first.frame, second.frame, pair, self.estimate(first.frame, second.frame, pair, t))
+                    for t in positions)
         small0, small1 = first.small, second.small
         small = self.feature_bone.pair(small0.stages, small1.stages)
         factor = first.frame.shape[2] / small0.frame.shape[2]
         flows = (self.estimate(small0.frame, small1.frame, small, t).resized(factor) for t in positions)
-        return [self.refine(first.frame, second.frame, pair, flow) for flow in flows]
+        return (self.refine(first.frame, second.frame, pair, flow) for flow in flows)
 
     def estimate(self, img0: Tensor, img1: Tensor, pair: PairFeatures, timestep: Tensor | float) -> Flow:
         """Flow and mask at a position, coarse to fine.
