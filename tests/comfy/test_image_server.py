@@ -59,7 +59,7 @@ def test_given_pictures_appear_and_the_prompt_moves_them(server: Server, name: s
     frames, pictures = bundled(server, name)
     assert frames.shape == (24, 64, 96, 3)
     for position, picture in given.items():
-        assert psnr(frames[position], pictures[picture]) > 19, position  # 13 for the frame of another moment
+        assert psnr(frames[position], pictures[picture]) > 20, position  # 13 for the frame of another moment
     found = compare(frames, {"kind": "shape", "background": "blue", "object": "red", "direction": direction})
     assert all(found.values()), found
 
@@ -75,9 +75,9 @@ def test_a_clip_is_continued_twice_without_a_seam(server: Server) -> None:
     moves = np.abs(np.diff(frames.astype(float), axis=0)).mean((1, 2, 3))
     for join in (24 - KEPT, 2 * (24 - KEPT)):
         overlap = slice(join - 1, join + KEPT)  # from the last frame before to the first one after
-        assert changes[overlap].max() < 6, (join, changes[overlap])  # of 255
+        assert changes[overlap].max() < 2, (join, changes[overlap])  # of 255; 0.5 is usual inside a clip
         assert moves[overlap].min() > 0.05 * np.median(moves), "a frame is repeated"
-    assert all(compare(frames[:32], {"kind": "clouds", "direction": "left"}).values())
+    assert all(compare(frames, {"kind": "clouds", "sky": "blue", "direction": "left"}).values())
 
 
 @needs_the_model
