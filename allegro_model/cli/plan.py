@@ -14,7 +14,7 @@ from ..errors import GeometryError, TextError
 from ..geometry import LATENT_CHANNELS, TEMPORAL_FACTOR, latent_shape
 from ..latents import read_state
 from ..loading import open_source
-from ..media import probe_clip, read_frames
+from ..media import probe_clip, probe_contents, read_frames
 from ..pipeline import AllegroPipeline, SampleSettings, SampleState, check_finite
 from ..text import format_negative, format_prompt
 from . import given as giving
@@ -230,7 +230,7 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline, clip: GivenClip | N
               "guidance_scale": args.cfg, "sampler": args.sampler,
               "seed": DEFAULT_SEED if args.seed is None else args.seed}
     if clip is not None:
-        _remark_on_fps(job, pipeline, clip)
+        _remark_on(job, pipeline, clip)
         if clip.latents is not None:  # another length is fine
             own = _size_of(clip.path, clip.latents, {**values, "num_frames": None})
             values |= {"width": own["width"], "height": own["height"]}
@@ -274,7 +274,10 @@ def _size_of(path: str, latents: Tensor, values: Mapping[str, Any]) -> dict[str,
     return own
 
 
-def _remark_on_fps(job: Job, pipeline: AllegroPipeline, clip: GivenClip) -> None:
+def _remark_on(job: Job, pipeline: AllegroPipeline, clip: GivenClip) -> None:
+    """Says what of a clip will be otherwise in the result."""
+    if clip.info is not None and not job.args.new_part and probe_contents(clip.path).audio is not None:
+        job.console.say(f"{clip.path} has sound, which is left out of the result.")
     fps, own = clip.fps, pipeline.defaults.fps
     if fps is not None and abs(fps - own) > 0.05 * own:
         job.console.say(f"{clip.path} has {fps:g} frames per second, and the model draws {own:g}: motion may change its pace "

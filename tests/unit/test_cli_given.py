@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from allegro_model.conditioning import GivenFrames, fit_images
 from allegro_model.joining import join_clips
 from allegro_model.loading import bundled_models
 from allegro_model.media import open_writer, read_frames, read_image, read_metadata
+from allegro_model.media.ffmpeg import ffmpeg_exe
 from allegro_model.media.writers import encode_png
 
 pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed (extra: standalone)")
@@ -237,6 +239,15 @@ def test_the_clip_sets_the_frame_rate_and_another_than_the_models_is_remarked_on
     assert "fast.mp4 has 20 frames per second, and the model draws 8" in err
     assert read_frames("out.mp4")[1] == 20
     assert "frames per second" not in allegro("generate", PROMPT, "-o", "o.mp4", "--continue-from", "clip.mp4")[2]
+
+
+def test_lost_sound_is_remarked_on(allegro: Run) -> None:
+    subprocess.run([ffmpeg_exe(), "-v", "error", "-i", "clip.mp4", "-f", "lavfi", "-i", "sine=d=1", "-c:v", "copy", "loud.mp4"],
+                   check=True)
+    for name, sound in (("clip.mp4", False), ("loud.mp4", True)):
+        code, _, err = allegro("generate", PROMPT, "--continue-from", name, "--stop-at-step", 1, "--save-latents",
+                               f"{name}.safetensors", "--keep-frames", 4)
+        assert (code, f"{name} has sound, which is left out" in err) == (0, sound), err
 
 
 def test_a_picture_and_a_clip_together(allegro: Run, models: Path) -> None:
