@@ -57,7 +57,7 @@ def join_clips(first: Tensor, second: Tensor, overlap: int, *, adjust: Adjust = 
     Raises:
         GeometryError: clips of different sizes, or an overlap longer than one of them.
     """
-    _check(overlap, first, second)
+    check_joinable(overlap, first, second)
     shape = list(first.shape)
     shape[-3] += second.shape[-3] - overlap
     joined = first.new_empty(shape)
@@ -84,14 +84,14 @@ def join_streams(first: Iterable[Tensor], second: Iterable[Tensor], overlap: int
         GeometryError: as in `join_clips`; when pieces were yielded already, if a stream ends too early.
     """
     if overlap < 1:
-        _check(overlap)
+        check_joinable(overlap)
         yield from first
         yield from second
         return
     shared, rest = _take(iter(second), overlap)
     if adjust == "first":
         whole = _whole(first)
-        _check(overlap, whole, shared)
+        check_joinable(overlap, whole, shared)
         first = [ColourMatch.between(whole[..., -overlap:, :, :], shared).apply(whole)]
     tail: Tensor | None = None
     for piece in first:
@@ -102,7 +102,7 @@ def join_streams(first: Iterable[Tensor], second: Iterable[Tensor], overlap: int
         tail = held[..., ready:, :, :]
     if tail is None:
         raise _empty("first")
-    _check(overlap, tail, shared)
+    check_joinable(overlap, tail, shared)
     match = ColourMatch.between(shared, tail) if adjust == "second" else None
     yield _blend(tail, shared if match is None else match.apply(shared))
     for piece in rest:
@@ -134,7 +134,12 @@ def _take(pieces: Iterator[Tensor], count: int) -> tuple[Tensor, Iterator[Tensor
     return frames[..., :count, :, :], chain([rest] if rest.shape[-3] else [], pieces)
 
 
-def _check(overlap: int, first: Tensor | None = None, second: Tensor | None = None) -> None:
+def check_joinable(overlap: int, first: Tensor | None = None, second: Tensor | None = None) -> None:
+    """Raises unless clips of these shapes can be joined; what is not given is not known yet.
+
+    Raises:
+        GeometryError: clips of different sizes, or an overlap longer than one of them.
+    """
     if overlap < 0:
         raise GeometryError(f"overlap={overlap}: must be 0 or more frames.")
     if first is None or second is None:

@@ -7,8 +7,7 @@ from typing import Any
 from ..allegro_model.conditioning import FITS, GivenFrames, resolve_positions
 from ..allegro_model.errors import AllegroError, GeometryError
 from ..allegro_model.geometry import MAX_FRAMES, TEMPORAL_FACTOR
-from ..allegro_model.joining import join_clips
-from .bridge.conditioning import carry_latents, latent_for, set_given_frames, to_frames
+from .bridge.conditioning import carry_latents, join_images, latent_for, set_given_frames, to_frames
 from .bridge.latents import check_clip
 from .bridge.vae import check_vae
 from .schema import clip_inputs, io, schema
@@ -220,9 +219,7 @@ class AllegroJoinVideos(io.ComfyNode):
     def execute(cls, first: Any, second: Any, overlap: int, match_colors: str) -> io.NodeOutput:
         if match_colors not in MATCHES:
             raise GeometryError(_bad_choice("match_colors", match_colors, MATCHES))
-        clips = [to_frames([clip], clip.shape[2], clip.shape[1], "stretch").movedim(1, 0) for clip in (first, second)]
-        joined = join_clips(*clips, overlap, adjust=MATCHES[match_colors])  # [3, T, H, W] in [-1, 1]
-        return io.NodeOutput(joined.movedim(0, -1).contiguous().mul_(0.5).add_(0.5))
+        return io.NodeOutput(join_images(first, second, overlap, MATCHES[match_colors]))
 
 
 def parse_positions(text: str) -> list[int]:

@@ -11,7 +11,7 @@ latents. The network wants the order of its training; `in_training_order` brings
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -23,11 +23,13 @@ from torch import Tensor
 from ...allegro_model.conditioning import GivenFrames, fit_images
 from ...allegro_model.errors import GeometryError
 from ...allegro_model.geometry import LATENT_CHANNELS, TEMPORAL_FACTOR
+from ...allegro_model.joining import Adjust, check_joinable, join_streams
 from .latents import empty_latent
 from .sampling import check_latents
 
 Conditioning = list[Any]
 Latent = dict[str, Any]
+_JOINED_AT_ONCE = 16  # frames
 
 
 # Nodes
@@ -47,6 +49,33 @@ def to_frames(images: Sequence[Tensor | None], width: int, height: int, fit: str
     device = comfy.model_management.intermediate_device()
     frames = [fit_images(batch.to(device).movedim(-1, 1), width, height, fit) for batch in images if batch is not None]
     return torch.cat(frames) if frames else torch.zeros((0, 3, height, width), device=device)
+
+
+def join_images(first: Tensor, second: Tensor, overlap: int, adjust: Adjust) -> Tensor:
+    """`join_clips` for IMAGE, a few frames at a time: of a long clip there is room for the result, hardly for copies.
+
+    Args:
+        first, second: [n, h, w, channels] in [0, 1], of one size; not changed.
+        overlap, adjust: as in `join_clips`.
+    Returns:
+        [n1 + n2 - overlap, h, w, 3] in [0, 1].
+    Raises:
+        GeometryError: as in `join_clips`.
+    """
+    check_joinable(overlap, *(torch.empty((3, *clip.shape[:3]), device="meta") for clip in (first, second)))
+
+    def pieces(clip: Tensor) -> Iterator[Tensor]:
+        for part in clip.split(_JOINED_AT_ONCE):
+            yield to_frames([part], clip.shape[2], clip.shape[1], "stretch").movedim(1, 0)
+
+    count, height, width = len(first) + len(second) - overlap, *first.shape[1:3]
+    joined = torch.empty((count, height, width, 3), device=comfy.model_management.intermediate_device())
+    position = 0
+    for part in join_streams(pieces(first), pieces(second), overlap, adjust=adjust):  # [3, n, h, w] in [-1, 1]
+        place = joined[position : position + part.shape[1]]
+        position += len(place)
+        torch.add(part.movedim(0, -1) * 0.5, 0.5, out=place)
+    return joined
 
 
 def set_given_frames(positive: Conditioning, negative: Conditioning, vae: Any, given: GivenFrames) -> list[Conditioning]:

@@ -384,6 +384,9 @@ def check_joined_clips(h: Host) -> None:
     assert torch.allclose(joined[:16], first[:16], atol=1e-6)
     other = h.run("AllegroJoinVideos", first=first * 0.9, second=base[16:], overlap=8, match_colors="first to second")
     assert torch.allclose(other, base, atol=1e-4)
+    for choice in ("second to first", "first to second", "off"):  # more frames than are joined at once
+        long = h.run("AllegroJoinVideos", first=base[:24], second=base[4:], overlap=20, match_colors=choice)
+        assert torch.allclose(long, base, atol=1e-4), choice
     plain = h.run("AllegroJoinVideos", first=first, second=second, overlap=0, match_colors="off")
     assert torch.allclose(plain, torch.cat((first, second)), atol=1e-6)
     alpha = h.run("AllegroJoinVideos", first=torch.ones((4, 8, 8, 4)), second=torch.ones((4, 8, 8, 1)), overlap=1, match_colors="off")
