@@ -98,6 +98,7 @@ class Loop:
         self.optimiser.load_state_dict(state["optimiser"])  # type: ignore[arg-type]
         self.ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
         self.step = int(state["step"])  # type: ignore[call-overload]
+        logger.info("going on at step %d of %d, from %s; remove that file to begin anew", self.step, self.settings.steps, self.path)
 
     def save(self) -> None:
         """Write the checkpoint (rank 0 only)."""
