@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import AllegroError
 from ..geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ..loading import Header, describe, read_header
+from ..loading import Header, bundled_loras, bundled_model, describe, read_header
 from ..media import probe_clip, read_metadata
 from .console import size
 from .job import LATENTS_SUFFIX, Job, check_report_output
@@ -35,11 +35,13 @@ def inspect(job: Job) -> None:
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
-    """What a file or folder is, as JSON-able values with at least "path", "family" and "title".
+    """What a file or folder, or a bundled model or LoRA, is, as JSON-able values with at least "path", "family" and "title".
 
     Raises:
         AllegroError: it is missing, damaged, or of no known kind.
     """
+    if not path.exists():
+        path = _bundled(path.as_posix()) or path
     if not path.exists():
         raise AllegroError(f"There is nothing at {path}. Check the path.")
     if path.is_file() and path.suffix.lower() in _CLIP_SUFFIXES:
@@ -50,6 +52,13 @@ def inspect_path(path: Path) -> dict[str, Any]:
             if name in header.tensors:
                 return _latents(path, header, name, title)
     return describe(path)
+
+
+def _bundled(name: str) -> Path | None:
+    """What `--model`, `--lora` or `--interpolator` would take for this name."""
+    with suppress(AllegroError):
+        return bundled_model(name)
+    return bundled_loras().get(name)
 
 
 def _clip(path: Path) -> dict[str, Any]:

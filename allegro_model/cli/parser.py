@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_interpolate(commands)
     _add_convert_vfi(commands)
     inspect = _command(commands, "inspect", "say what a file is", _INSPECT)
-    inspect.add_argument("path", metavar="PATH", help="a file or a model folder")
+    inspect.add_argument("path", metavar="PATH", help="a file, a model folder, or a bundled model")
     _add_report(inspect)
     return parser
 

@@ -222,6 +222,9 @@ def test_inspect(allegro: Run, model: str) -> None:
         model: ["a whole model: Allegro text-to-video transformer", "vae: Allegro VideoVAE", "text_encoder: T5", "num_steps: 4"],
         f"{model}/transformer": ["Allegro text-to-video transformer", "parameters in float32", "8 frames of 32x32"],
         f"{model}/vae/diffusion_pytorch_model.safetensors": ["Allegro VideoVAE"],
+        "tiny-ti2v": ["a whole model: Allegro image-to-video transformer", "vae: Allegro VideoVAE, from tiny"],
+        "tiny-vfi": ["EMA-VFI"],
+        "tiny/orange": ["a LoRA"],
     }
     for path, parts in expected.items():
         code, out, _ = allegro("inspect", path)
