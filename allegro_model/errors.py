@@ -44,6 +44,10 @@ class OutputError(AllegroError):
     """A result cannot be written where it was asked for."""
 
 
+class DownloadError(AllegroError):
+    """A file cannot be fetched, or is not what was announced."""
+
+
 class NotEnoughMemory(AllegroError):
     """The estimate for a stage exceeds the memory that is free."""
 

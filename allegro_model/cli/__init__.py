@@ -18,6 +18,7 @@ from ..memory import is_out_of_memory
 from .console import Console
 from .convert import decode, encode
 from .convert_vfi import convert_vfi
+from .download import download
 from .generate import generate
 from .inspect import inspect
 from .interpolate import interpolate
@@ -30,7 +31,7 @@ __all__ = ["main"]
 _PACKAGE = __name__.split(".")[0]
 _COMMANDS: dict[str, Callable[[Job], None]] = {
     "generate": generate, "decode": decode, "encode": encode, "interpolate": interpolate,
-    "convert-vfi": convert_vfi, "inspect": inspect,
+    "convert-vfi": convert_vfi, "download": download, "inspect": inspect,
 }
 
 

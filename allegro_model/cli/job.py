@@ -23,6 +23,7 @@ from ..config import fingerprint
 from ..errors import AllegroError, CheckpointError, GeometryError, OutputError
 from ..latents import read_latents
 from ..loading import bundled_models, lora_file, read_header
+from ..loading.released import how_to_get_folder
 from ..media import (
     atomic_file,
     check_clip_output,
@@ -180,7 +181,8 @@ def open_model(job: Job) -> AllegroPipeline:
     model = args.model or BUNDLED
     if model not in bundled_models() and not Path(model).is_dir():
         raise CheckpointError(f"--model {model}: there is no such folder. Give a model folder, with transformer/, vae/, "
-                              f"text_encoder/ and tokenizer/ in it, or a bundled model: {', '.join(bundled_models())}.")
+                              f"text_encoder/ and tokenizer/ in it, or a bundled model: {', '.join(bundled_models())}. "
+                              f"{how_to_get_folder()}")
     dtype = getattr(args, "dtype", "auto")
     pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=dtype,
                                                loras=getattr(args, "lora", ()),

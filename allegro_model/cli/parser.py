@@ -11,6 +11,7 @@ from typing import NoReturn
 from .. import __version__
 from ..conditioning import FITS
 from ..loading import bundled_models
+from ..loading.released import MODELS, PARTS, TEXT_ENCODERS
 from ..media import FORMATS, QUALITIES
 from ..pipeline import DTYPES
 from ..sampling import SAMPLERS
@@ -18,6 +19,8 @@ from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
 from .report import EXIT_USAGE, exit_code_table
 
 BUNDLED = "tiny"  # the default model
+
+MODEL_LIST = "\n".join(f"  {name:<12} {title}" for name, title in MODELS.items())
 
 _MAIN = """\
 Text to video and image to video with Allegro.
@@ -95,6 +98,23 @@ Nothing in the pickle is run.
 examples:
   allegro convert-vfi ours_small_t.pkl ours_small_t.safetensors
 """
+_DOWNLOAD = f"""\
+Fetch the released weights: named files only, into ComfyUI's model folders or a model folder of their own. What is
+there already is not fetched again, what was begun is gone on with, and a file appears when it is complete and checked.
+A T5 v1.1 XXL encoder that is there for another model is used as it is.
+
+models:
+{MODEL_LIST}
+  vfi          frame interpolation (EMA-VFI): says where to get it, since it lies on no model hub
+
+examples:
+  allegro download t2v --comfyui ComfyUI
+  allegro download t2v --comfyui ComfyUI --text-encoder fp8 --dry-run
+  allegro download t2v --to models/Allegro
+  allegro download ti2v --to models/Allegro-TI2V --only transformer
+
+Mirrors (HF_ENDPOINT), the offline switch (HF_HUB_OFFLINE) and proxies are those of huggingface_hub.
+"""
 _INSPECT = """\
 Say what a file is, without loading it: weights (family, variant, type, size), a model folder, latents, or a
 clip and the settings it was made with.
@@ -124,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_encode(commands)
     _add_interpolate(commands)
     _add_convert_vfi(commands)
+    _add_download(commands)
     inspect = _command(commands, "inspect", "say what a file is", _INSPECT)
     inspect.add_argument("path", metavar="PATH", help="a file, a model folder, or a bundled model")
     _add_report(inspect)
@@ -285,6 +306,22 @@ def _add_convert_vfi(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--arbitrary-time", action=argparse.BooleanOptionalAction, default=None,
                         help="trained for every position between two frames; default: if the name ends in _t")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
+    _add_report(parser)
+
+
+def _add_download(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _command(commands, "download", "fetch the released weights", _DOWNLOAD)
+    parser.add_argument("model", nargs="?", default="t2v", choices=[*MODELS, "vfi"], metavar="MODEL",
+                        help=f"{', '.join(MODELS)} or vfi (default t2v)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--comfyui", metavar="DIR", help="a ComfyUI, the folder that has main.py and models/ in it")
+    place.add_argument("--to", metavar="DIR", help="a model folder as published, for --model")
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="PART",
+                        help=f"one part, repeatable: {', '.join(PARTS)}")
+    parser.add_argument("--text-encoder", default="fp16", choices=list(TEXT_ENCODERS),
+                        help="fp16 (9.8 GB, default), or fp8: half of that and slightly less precise")
+    parser.add_argument("--dry-run", action="store_true", help="only list files, sizes and places")
+    parser.add_argument("--force", action="store_true", help="replace existing files that cannot be used")
     _add_report(parser)
 
 

@@ -21,6 +21,7 @@ from ..errors import (
     AllegroError,
     Cancelled,
     CheckpointError,
+    DownloadError,
     MissingDependency,
     NonFiniteError,
     NotEnoughMemory,
@@ -46,6 +47,7 @@ EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
     (EXIT_MEMORY, "not enough memory", (NotEnoughMemory,)),
     (7, "an optional package is missing", (MissingDependency,)),
     (8, "NaN or Inf appeared in the latents or frames", (NonFiniteError,)),
+    (9, "a download failed: no network, refused, or not what was announced", (DownloadError,)),
     (EXIT_CANCELLED, "cancelled with Ctrl-C", (Cancelled, KeyboardInterrupt)),
     (EXIT_INPUT, "an illegal size, setting, prompt or input file", (AllegroError,)),
 ]

@@ -21,6 +21,7 @@ from .defaults import stated_text_length
 from .dimensions import dit_config_from_shapes, t5_config_from_shapes, t5_shapes, vae_config_from_shapes
 from .files import component_folder
 from .lora import apply_loras
+from .released import fetch_part
 from .source import Source, config_of, open_source, read_tensors, with_article
 
 Part = Literal["full", "encoder", "decoder"]
@@ -130,7 +131,7 @@ def _find_tokenizer(path: Path) -> Path:
             return place
     raise CheckpointError(
         f"no tokenizer for {path}: looked in {', '.join(map(str, places))} for spiece.model or "
-        "tokenizer.json. Download the folder tokenizer/ of the model and put it beside the text encoder."
+        f"tokenizer.json. {fetch_part(folder, 'tokenizer')}"
     )
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
 from .header import TensorInfo, read_file_header
+from .released import fetch_part
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 # What a model may take from another folder, which "allegro_shared" of its model_index.json names.
@@ -32,7 +33,7 @@ class Header:
     Attributes:
         tensors: name -> shape and storage type.
         metadata: the `__metadata__` of the files, first file first.
-        config: the `config.json` that belongs to the weights, else the JSON in metadata["config"], else None.
+        config: the `config.json` (or NAME.config.json) that belongs to the weights, else the JSON in metadata["config"], else None.
         files: the safetensors files, in the order of their names.
         shards: tensor name -> the file that holds it.
     """
@@ -236,7 +237,7 @@ def _locate(path: Path, subfolder: str | None) -> tuple[tuple[Path, ...], dict[s
     elif subfolder is not None and is_snapshot(path):
         raise CheckpointError(
             f"{path} has no folder {subfolder}/, so this part of the model is missing. "
-            f"Download {subfolder}/ of the model into it."
+            f"{fetch_part(path, subfolder)}"
         )
     return _from_folder(path)
 
@@ -322,6 +323,9 @@ def _complete(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
 def _find_config(files: tuple[Path, ...], metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The description of these weights; a config.json that may belong to another file is not taken."""
     folder = files[0].parent
+    own = files[0].with_suffix(".config.json")  # where several models share a folder
+    if own.is_file():
+        return read_json(own)
     beside = folder / "config.json"
     if beside.is_file():
         others = [entry for entry in folder.glob("*.safetensors") if entry not in files]

@@ -14,7 +14,7 @@ BASE = {"errors", "config"}
 SHARED = BASE | {"attention", "ops", "geometry", "tensors"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
 PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining"}
-COMMANDS = PIPELINE | {"pipeline", "latents"}
+COMMANDS = PIPELINE | {"pipeline", "latents", "download"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
@@ -34,6 +34,7 @@ ALLOWED = {
     "memory": BASE,
     "pipeline": PIPELINE,
     "latents": PIPELINE | {"pipeline"},
+    "download": BASE | {"loading", "media"},
     "cli": COMMANDS,
     "training": COMMANDS,
     "__init__": COMMANDS,
