@@ -20,6 +20,7 @@ FEATURES = {
     "sample": ("AllegroScheduler", "AllegroSampler"),
     "vae": ("VideoVAEEncode", "VideoVAEDecode"),
     "vfi": ("LoadAllegroFrameInterpolator", "FrameInterpolate"),
+    "download": ("AllegroDownload",),
 }
 
 

@@ -14,7 +14,8 @@ from .schema import io, schema
 paths.register_folders()
 
 _WHERE = ("Files go to models/{key} (a single .safetensors file, or a folder with the parts of a sharded model), or a "
-          "whole model folder to models/allegro. The bundled model needs no download.")
+          "whole model folder to models/allegro. The bundled model needs no download; Allegro Download fetches the released "
+          "ones.")
 
 
 class LoadAllegroDiT(io.ComfyNode):

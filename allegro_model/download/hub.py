@@ -60,6 +60,7 @@ def import_hub() -> ModuleType:
     """
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.utils
     except ImportError as error:
         raise MissingDependency(

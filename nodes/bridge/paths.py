@@ -14,6 +14,7 @@ import folder_paths
 
 from ...allegro_model.errors import CheckpointError
 from ...allegro_model.loading import bundled_interpolator, bundled_loras, bundled_model, is_snapshot
+from ...allegro_model.loading.released import MODELS, how_to_get
 
 # Part of a model snapshot -> ComfyUI's key for the folder such files go to.
 FOLDER_KEYS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
@@ -57,8 +58,18 @@ def resolve(part: str, choice: str) -> str:
     if path is None:
         raise CheckpointError(f"{choice!r} is not among the models that ComfyUI lists. Put the file into "
                               f"models/{FOLDER_KEYS[part]} (or a whole model folder into models/{SNAPSHOTS}), press R "
-                              "in the browser to refresh the list, and choose it again.")
+                              f"in the browser to refresh the list, and choose it again. {how_to_get(part, _meant(choice))}")
     return path
+
+
+def download_folders() -> dict[str, list[Path]]:
+    """{key: folders} where released files may lie and go, those of extra_model_paths.yaml among them."""
+    return {key: [Path(path) for path in folder_paths.get_folder_paths(key)] for key in FOLDER_KEYS.values()}
+
+
+def _meant(choice: str) -> str:
+    """The released model that the name of an absent file speaks of."""
+    return next((model for model in MODELS if model.removeprefix("t2v-") in choice.lower()), "t2v")
 
 
 def lora_choices() -> list[str]:

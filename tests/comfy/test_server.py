@@ -51,6 +51,7 @@ NODES = {
     "LoadAllegroFrameInterpolator": (["model_name", "dtype"], ["INTERP_MODEL"]),
     "AllegroFrameInterpolate": (["interp_model", "images", "multiplier", "source_fps", "target_fps", "hold_last",
                                  "scene_threshold", "flow_scale", "tta"], ["IMAGE", "FLOAT"]),
+    "AllegroDownload": (["model", "text_encoder", "download"], ["STRING"]),
 }
 OPTIONAL = {
     "AllegroImageToVideo": ["start_image", "end_image"],
@@ -64,6 +65,7 @@ CATEGORIES = {
     "AllegroJoinVideos": "video",
     "AllegroSampler": "sampling", "AllegroVideoVAEEncode": "vae", "AllegroVideoVAEDecode": "vae",
     "LoadAllegroFrameInterpolator": "loaders", "AllegroFrameInterpolate": "video",
+    "AllegroDownload": "loaders",
 }
 
 
