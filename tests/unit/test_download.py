@@ -27,7 +27,7 @@ from allegro_model.download import (
     snapshot_targets,
 )
 from allegro_model.download import hub as hub_module
-from allegro_model.errors import DownloadError, MissingDependency, OutputError
+from allegro_model.errors import CheckpointError, DownloadError, MissingDependency, OutputError
 from allegro_model.loading import bundled_model, load_dit, read_header, released
 from allegro_model.loading.released import MODELS, TEXT_ENCODERS, released_files
 
@@ -526,9 +526,9 @@ def test_a_read_only_folder(hub: Hub, comfyui: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_loaders_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"no folder vae/.*python -m allegro_model download t2v --to .*m --only vae"):
-        (tmp_path / "m" / "transformer").mkdir(parents=True)
-        (tmp_path / "m" / "text_encoder").mkdir()
+    (tmp_path / "m" / "transformer").mkdir(parents=True)
+    (tmp_path / "m" / "text_encoder").mkdir()
+    with pytest.raises(CheckpointError, match=r"no folder vae/.*python -m allegro_model download t2v --to .*m --only vae"):
         read_header(tmp_path / "m", subfolder="vae")
     sentence = released.how_to_get("transformer", "ti2v")
     assert "rhymes-ai/Allegro-TI2V (5.6 GB)" in sentence
