@@ -118,7 +118,7 @@ def fetch_part(folder: object, part: str) -> str:
     """What to do when a model folder lacks a part."""
     total = sum(file.num_bytes for file in released_files("t2v") if file.part == part)
     return (
-        f"Put {part}/ of the model into it; of the released one ({about(total)}) this does: "
+        f"Download the folder {part}/ of the model into it; for the released one ({about(total)}): "
         f"{COMMAND} t2v --to {folder} --only {part}"
     )
 
