@@ -155,4 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: int, header: str = "") -> None:
         name, _, value = header.partition(": ")
-        self._head(status, {**({name: value} if value else {}), "Content-Length": "0"})
+        body = b'{"error": "no"}'
+        self._head(status, {**({name: value} if value else {}), "Content-Type": "application/json", "Content-Length": str(len(body))})
+        if self.command != "HEAD":
+            self.wfile.write(body)

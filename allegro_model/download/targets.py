@@ -15,6 +15,7 @@ from ..loading.source import config_of
 FAMILIES = {"transformer": "allegro-dit", "vae": "allegro-vae", "text_encoder": "t5-encoder"}
 # ComfyUI still reads these folders, but new files belong elsewhere.
 _OLD_NAMES = {"diffusion_models": "unet", "text_encoders": "clip"}
+SNAPSHOTS = "allegro"  # whole model folders; the text encoder of one serves all
 
 Folders = Mapping[str, Sequence[Path]]
 
@@ -47,7 +48,7 @@ def comfyui_folders(root: str | Path) -> dict[str, list[Path]]:
         raise DownloadError(f"{root} is not the folder of a ComfyUI: it has no folder models/. Give the folder that has "
                             "main.py and models/ in it, or fetch a model folder of its own with --to DIR.")
     return {key: [models / name for name in (key, _OLD_NAMES.get(key)) if name]
-            for key in ("diffusion_models", "vae", "text_encoders")}
+            for key in ("diffusion_models", "vae", "text_encoders", SNAPSHOTS)}
 
 
 def comfyui_targets(files: Iterable[ReleasedFile], folders: Folders) -> list[Target]:
@@ -62,6 +63,8 @@ def comfyui_targets(files: Iterable[ReleasedFile], folders: Folders) -> list[Tar
                 weights = name.replace(".config.json", ".safetensors")
                 home = next((folder for folder in known if (folder / weights).is_file()), home)
                 known = (home,)
+            elif file.part == "text_encoder":
+                known += tuple(folders.get(SNAPSHOTS, ()))
             targets.append(Target(file, home / name, known, name))
     return targets
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
 from .header import TensorInfo, read_file_header
-from .released import fetch_part
+from .released import COMMAND, fetch_part
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 # What a model may take from another folder, which "allegro_shared" of its model_index.json names.
@@ -226,7 +226,10 @@ def component_folder(root: Path, name: str) -> Path:
 def _locate(path: Path, subfolder: str | None) -> tuple[tuple[Path, ...], dict[str, Path]]:
     """(safetensors files in the order of their names, {tensor: file} as an index lists them)."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist. Give a .safetensors file, or the folder of a model.")
+        raise CheckpointError(
+            f"{path} does not exist. Give a .safetensors file, or the folder of a model. The released ones are fetched "
+            f"with: {COMMAND}"
+        )
     if path.is_file() and path.name.endswith(INDEX_SUFFIX):
         return _from_index(path)
     if path.is_file():

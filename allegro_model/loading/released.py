@@ -40,7 +40,7 @@ class ReleasedFile:
         repository, path: where it is published.
         snapshot: its name in a model folder as published.
         comfyui: ComfyUI's key of the folder it goes to, and its name there; None if it is not needed there.
-        num_bytes: its size; exact where there is a checksum, else rounded.
+        num_bytes: its size; exact where there is a checksum, else rounded, and of weights calculated from their number.
         revision: commit, or branch where no commit is known.
         sha256: of the content; None where it is not known, then the hub's own is used.
         optional: some models have it, some do not.
@@ -87,7 +87,7 @@ def released_files(model: str, text_encoder: str = "fp16") -> list[ReleasedFile]
     dit = "allegro_ti2v" if model == "ti2v" else f"{stem}_dit"
     files = [
         ReleasedFile("model", repository, "model_index.json", "model_index.json", None, 1_000, optional=True),
-        *_part("transformer", repository, ("diffusion_models", dit), 5_600_000_000),
+        *_part("transformer", repository, ("diffusion_models", dit), 5_600_000_000 if model == "ti2v" else 5_500_000_000),
         *_part("vae", shared, ("vae", f"{stem}_vae"), 700_000_000),
         TEXT_ENCODERS[text_encoder],
     ]

@@ -14,7 +14,7 @@ import folder_paths
 
 from ...allegro_model.errors import CheckpointError
 from ...allegro_model.loading import bundled_interpolator, bundled_loras, bundled_model, is_snapshot
-from ...allegro_model.loading.released import MODELS, how_to_get
+from ...allegro_model.loading.released import INTERPOLATOR_SOURCE, MODELS, how_to_get
 
 # Part of a model snapshot -> ComfyUI's key for the folder such files go to.
 FOLDER_KEYS = {"transformer": "diffusion_models", "text_encoder": "text_encoders", "vae": "vae"}
@@ -64,7 +64,7 @@ def resolve(part: str, choice: str) -> str:
 
 def download_folders() -> dict[str, list[Path]]:
     """{key: folders} where released files may lie and go, those of extra_model_paths.yaml among them."""
-    return {key: [Path(path) for path in folder_paths.get_folder_paths(key)] for key in FOLDER_KEYS.values()}
+    return {key: [Path(path) for path in folder_paths.get_folder_paths(key)] for key in (*FOLDER_KEYS.values(), SNAPSHOTS)}
 
 
 def _meant(choice: str) -> str:
@@ -104,7 +104,8 @@ def resolve_interpolator(choice: str) -> str:
     path = _interpolators().get(choice)
     if path is None:
         raise CheckpointError(f"{choice!r} is not among the frame interpolators that ComfyUI lists. Put the file into "
-                              f"models/{INTERPOLATORS}, press R in the browser to refresh the list, and choose it again.")
+                              f"models/{INTERPOLATORS}, press R in the browser to refresh the list, and choose it again. "
+                              + INTERPOLATOR_SOURCE.format(target="ours_small_t.safetensors"))
     return path
 
 

@@ -67,7 +67,7 @@ def test_the_weights_are_listed_fetched_and_found(server: Server, hub: Hub, fold
     dit = folders / "base" / "models" / "diffusion_models" / "allegro_dit.safetensors"
     with pytest.raises(PromptRefused) as refused:
         server.submit(api("text_to_video"))
-    assert f"{DIT} of {ALLEGRO} (5.6 GB), to be saved as models/diffusion_models/{dit.name}" in refused.value.details
+    assert f"{DIT} of {ALLEGRO} (5.5 GB), to be saved as models/diffusion_models/{dit.name}" in refused.value.details
     assert "download t2v --comfyui DIR" in refused.value.details
 
     listed = report(server, download=False)

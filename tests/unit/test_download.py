@@ -25,6 +25,7 @@ from allegro_model.download import (
     fetch,
     make_plan,
     snapshot_targets,
+    transfer,
 )
 from allegro_model.download import hub as hub_module
 from allegro_model.errors import CheckpointError, DownloadError, MissingDependency, OutputError
@@ -200,10 +201,13 @@ def test_an_encoder_of_another_model_is_used(hub: Hub, comfyui: Path, allegro: R
     code, out, _ = allegro("--comfyui", comfyui, "--only", "text_encoder", "--dry-run")
     assert code == 0
     assert "fetch" in out
-    write_sparse_encoder(comfyui / "models" / "clip" / "flux" / "t5.safetensors")
-    code, out, _ = allegro("--comfyui", comfyui, "--only", "text_encoder")
-    assert (code, out) == (0, "")
-    assert not (encoders / T5).exists()
+    for place in ("clip/flux/t5.safetensors", "allegro/Allegro/text_encoder/model.safetensors"):
+        write_sparse_encoder(comfyui / "models" / place)
+        code, out, err = allegro("--comfyui", comfyui, "--only", "text_encoder")
+        assert (code, out) == (0, "")
+        assert f"have   {comfyui / 'models' / place} (in place of {T5})" in err
+        assert not (encoders / T5).exists()
+        (comfyui / "models" / place).unlink()
 
 
 def test_dry_run_lists_and_fetches_nothing(hub: Hub, comfyui: Path, allegro: Run) -> None:
@@ -320,7 +324,7 @@ def test_nobody_answers(comfyui: Path, allegro: Run, hub: Hub, monkeypatch: pyte
     code, _, err = allegro("--comfyui", comfyui)
     assert code == 9
     assert "could not be fetched, 6 attempts in a row failed" in err
-    assert f"{DIT} of {ALLEGRO} (about 5.6 GB) -> {dit_file(comfyui)}" in err
+    assert f"{DIT} of {ALLEGRO} (about 5.5 GB) -> {dit_file(comfyui)}" in err
 
 
 # Wrong content
@@ -458,7 +462,7 @@ def test_missing_package(comfyui: Path, allegro: Run, monkeypatch: pytest.Monkey
     assert f"t5xxl_fp16.safetensors of comfyanonymous/flux_text_encoders (about 9.8 GB) -> {comfyui}" in err
     code, out, _ = allegro("--comfyui", comfyui, "--dry-run")
     assert code == 0
-    assert "about 5.6 GB" in out
+    assert "about 5.5 GB" in out
     with pytest.raises(MissingDependency):
         hub_module.import_hub()
 
@@ -520,6 +524,17 @@ def test_a_read_only_folder(hub: Hub, comfyui: Path, monkeypatch: pytest.MonkeyP
     dit_file(comfyui).parent.touch()  # a file has the name of the folder
     with pytest.raises(OutputError):
         get_transformer(comfyui)
+
+
+def test_ctrl_c_says_how_to_go_on(hub: Hub, comfyui: Path, allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "_write", interrupted)
+    code, _, err = allegro("--comfyui", comfyui, "--only", "transformer")
+    assert code == 130
+    assert "Cancelled during: Fetching allegro_dit.safetensors" in err
+    assert "run the same again to go on" in err
 
 
 # What loaders say
