@@ -5,6 +5,7 @@ Nothing is asked at import, and the package itself is imported by the first ques
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -97,8 +98,11 @@ def ask(file: ReleasedFile, revision: str | None = None) -> RemoteFile | None:
         raise DownloadError(f"{file.path} of {file.repository} is missing, and HF_HUB_OFFLINE is set: nothing is "
                             "fetched. Unset it, or fetch the file by hand.")
     url = link(file, revision)
+    # Versions without this option try again by themselves, for half a minute.
+    alone = "retry_on_errors" in inspect.signature(hub.get_hf_file_metadata).parameters
     try:
-        found = patiently(file, lambda: hub.get_hf_file_metadata(url, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT))
+        found = patiently(file, lambda: hub.get_hf_file_metadata(url, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT),
+                          attempts=ATTEMPTS if alone else 2)
     except MissingFile as error:
         if file.optional:
             return None
@@ -125,7 +129,7 @@ def stream(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
         headers["Range"] = f"bytes={start}-"
     session, timeout = hub.utils.get_session(), hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
     # Versions from 1.0 on speak through httpx, older ones through requests.
-    opened = (session.stream("GET", url, headers=headers, timeout=timeout) if hasattr(session, "stream") else
+    opened = (session.stream("GET", url, headers=headers, timeout=timeout) if callable(session.stream) else
               session.get(url, headers=headers, timeout=timeout, stream=True))
     with opened as response:
         if response.status_code == _RANGE_REFUSED:
@@ -137,7 +141,7 @@ def stream(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
 
 
 def patiently(file: ReleasedFile, action: Callable[[], Result], *, tick: Callable[[], None] = lambda: None,
-              progress: Callable[[], int] = lambda: 0) -> Result:
+              progress: Callable[[], int] = lambda: 0, attempts: int = ATTEMPTS) -> Result:
     """Does something with the hub, again after a broken connection or when the server is busy.
 
     Args:
@@ -145,6 +149,7 @@ def patiently(file: ReleasedFile, action: Callable[[], Result], *, tick: Callabl
         action: what to do; it goes on where it stopped.
         tick: called while waiting; it may raise to cancel.
         progress: bytes so far; as long as they grow, no attempt counts as failed.
+        attempts: that may fail in a row.
     Raises:
         MissingFile: the hub does not know the file.
         DownloadError: it refuses, or could not be reached several times in a row.
@@ -160,7 +165,7 @@ def patiently(file: ReleasedFile, action: Callable[[], Result], *, tick: Callabl
             _raise_if_final(hub, file, error)
             failed = 1 if progress() > before else failed + 1
             before = progress()
-            if failed >= ATTEMPTS:
+            if failed >= attempts:
                 raise DownloadError(f"{file.path} of {file.repository} could not be fetched, {failed} attempts in a row "
                                     f"failed: {_reason(error)}. Check the network, and run the same again: it goes on where "
                                     "it stopped. A mirror can be named in HF_ENDPOINT.") from error
