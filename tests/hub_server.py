@@ -20,9 +20,9 @@ class Hub:
     Attributes:
         files: (repository, path) -> content.
         faults: path -> what happens at the next requests for its content, one after the other: a status such as "503" or
-            "429 Retry-After: 1", "cut N" (the connection ends after N bytes), "reset N" (it breaks), "whole" (a range is
+            "429 Retry-After: 1", "cut N" (the connection ends after N bytes), "reset N" (it breaks), "stall N" (nothing comes any more), "whole" (a range is
             ignored), "wrong" (other bytes), "longer" (more bytes), "shift" (another range).
-        head_faults: the same for questions about a file, statuses only.
+        head_faults: the same for questions about a file, statuses and "stall" only.
         etags: path -> an ETag in place of the true one.
         requests: (method, path, range header or "") of every request for a file or its content.
         served: path -> bytes of content sent.
@@ -35,6 +35,7 @@ class Hub:
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     served: dict[str, int] = field(default_factory=dict)
     port: int = 0
+    hung_up: threading.Event = field(default_factory=threading.Event)
 
     @property
     def url(self) -> str:
@@ -63,6 +64,7 @@ def running(hub: Hub) -> Iterator[Hub]:
         try:
             yield hub
         finally:
+            hub.hung_up.set()
             server.shutdown()
 
 
@@ -94,7 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
         if head:
             self.hub.requests.append(("HEAD", path, ""))
             fault = (self.hub.head_faults.get(path) or [""]).pop(0)
-            if fault:
+            if fault == "stall":
+                self.hub.hung_up.wait(30)
+            elif fault:
                 return self._refuse(int(fault[:3]), fault[4:])
         content = self.hub.files.get((repository, path))
         if content is None:
@@ -132,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, path: str, body: bytes, fault: str) -> None:
         kind, _, count = fault.partition(" ")
-        if kind in ("cut", "reset"):
+        if kind in ("cut", "reset", "stall"):
             body = body[: int(count)]
             self.close_connection = True
         self.hub.served[path] = self.hub.served.get(path, 0) + len(body)
@@ -141,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
         except OSError:  # the other side had enough
             self.close_connection = True
+        if kind == "stall":
+            self.hub.hung_up.wait(30)
         if kind == "reset":
             import socket
             import struct

@@ -9,8 +9,12 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from threading import Event, Thread
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -24,6 +28,7 @@ FIRST_WAIT = 1.0  # seconds; doubled each time
 MAX_WAIT = 60.0
 _TICK = 0.25  # seconds between looks whether somebody cancelled
 _BLOCK = 2**16  # bytes
+_QUEUED = 64  # blocks
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _RANGE_REFUSED = 416
 
@@ -81,12 +86,13 @@ def link(file: ReleasedFile, revision: str | None = None) -> str:
     return str(import_hub().hf_hub_url(file.repository, file.path, revision=revision or file.revision))
 
 
-def ask(file: ReleasedFile, revision: str | None = None) -> RemoteFile | None:
+def ask(file: ReleasedFile, revision: str | None = None, *, tick: Callable[[], None] = lambda: None) -> RemoteFile | None:
     """What the hub says about a file, without fetching it.
 
     Args:
         file: of the table.
         revision: commit to look at; default the file's own.
+        tick: called while waiting; it may raise to cancel.
     Returns:
         None if it is not there and need not be.
     Raises:
@@ -101,7 +107,8 @@ def ask(file: ReleasedFile, revision: str | None = None) -> RemoteFile | None:
     # Versions without this option try again by themselves, for half a minute.
     alone = "retry_on_errors" in inspect.signature(hub.get_hf_file_metadata).parameters
     try:
-        found = patiently(file, lambda: hub.get_hf_file_metadata(url, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT),
+        timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
+        found = patiently(file, lambda: _aside(lambda: hub.get_hf_file_metadata(url, timeout=timeout), tick), tick=tick,
                           attempts=ATTEMPTS if alone else 2)
     except MissingFile as error:
         if file.optional:
@@ -113,16 +120,58 @@ def ask(file: ReleasedFile, revision: str | None = None) -> RemoteFile | None:
     return RemoteFile(link(file, found.commit_hash), found.commit_hash, int(found.size), found.etag)
 
 
-@contextmanager
-def stream(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """Opens a file from a byte on.
+def read_on(url: str, start: int, tick: Callable[[], None]) -> Iterator[tuple[int, bytes]]:
+    """A file from a byte on. The network is waited for in a thread, so that cancelling need not wait for it.
 
     Args:
         url: of the file.
         start: bytes that are there already.
+        tick: called while waiting; it may raise to cancel.
     Returns:
-        the byte at which the answer begins, 0 where the server cannot resume, and the blocks of content.
+        (position in the file, block); the first block is empty, its position 0 where the server cannot resume.
     """
+    received: Queue[tuple[int, bytes] | BaseException | None] = Queue(_QUEUED)
+    stopped = Event()
+
+    def hand_over(found: tuple[int, bytes] | BaseException | None) -> None:
+        while not stopped.is_set():
+            with suppress(Full):
+                received.put(found, timeout=_TICK)
+                return
+
+    def receive() -> None:
+        try:
+            with _open(url, start) as (position, blocks):
+                hand_over((position, b""))
+                for block in blocks:
+                    if stopped.is_set():
+                        return
+                    hand_over((position, block))
+                    position += len(block)
+            hand_over(None)
+        except BaseException as error:  # noqa: BLE001 (raised again where somebody waits for it)
+            hand_over(error)
+
+    Thread(target=receive, daemon=True).start()
+    try:
+        while True:
+            try:
+                found = received.get(timeout=_TICK)
+            except Empty:
+                tick()
+                continue
+            if found is None:
+                return
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        stopped.set()
+
+
+@contextmanager
+def _open(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """The byte at which the server's answer begins, and the blocks of its content."""
     hub = import_hub()
     headers = {**hub.utils.build_hf_headers(), "Accept-Encoding": "identity"}
     if start:
@@ -138,6 +187,24 @@ def stream(url: str, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
         hub.utils.hf_raise_for_status(response)
         blocks = response.iter_raw() if hasattr(response, "iter_raw") else response.iter_content(_BLOCK)
         yield _begins_at(response, start), blocks
+
+
+def _aside(action: Callable[[], Result], tick: Callable[[], None]) -> Result:
+    """Does something in a thread of its own, and gives what it returns or raises."""
+    done: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(action())
+        except BaseException as error:  # noqa: BLE001 (raised again below)
+            done.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    while not done.done():
+        tick()
+        with suppress(NotYet):
+            done.exception(timeout=_TICK)
+    return done.result()
 
 
 def patiently(file: ReleasedFile, action: Callable[[], Result], *, tick: Callable[[], None] = lambda: None,

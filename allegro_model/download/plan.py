@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +97,13 @@ class Plan:
                                   "fetched. Free some space or choose another folder; nothing was fetched.")
 
 
-def make_plan(targets: Iterable[Target], *, force: bool = False) -> Plan:
+def make_plan(targets: Iterable[Target], *, force: bool = False, tick: Callable[[], None] = lambda: None) -> Plan:
     """Looks what is there, and asks the hub about what is not.
+
+    Args:
+        targets: files and places.
+        force: what is there and cannot be used may be replaced.
+        tick: called while waiting for the hub; it may raise to cancel.
 
     Raises:
         DownloadError: see `find_present` and `ask`; or the hub offers another file than the known one.
@@ -112,7 +117,7 @@ def make_plan(targets: Iterable[Target], *, force: bool = False) -> Plan:
         if present is not None:
             items.append(Item(target, present))
             continue
-        remote = ask(file, commits.get((file.repository, file.revision)))
+        remote = ask(file, commits.get((file.repository, file.revision)), tick=tick)
         if remote is None:
             continue
         commits[file.repository, file.revision] = remote.commit

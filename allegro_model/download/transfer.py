@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DownloadError, OutputError
 from ..media.atomic import atomic_file, publish, write_error, writing
-from .hub import RemoteFile, import_hub, patiently, stream
+from .hub import RemoteFile, import_hub, patiently, read_on
 from .plan import Item, part_prefix
 from .targets import problem_of
 
@@ -105,19 +105,18 @@ def _read_on(item: Item, file: FileIO, remote: RemoteFile, progress: Progress) -
     Raises:
         OSError: the connection ended early.
     """
-    with stream(remote.url, file.tell()) as (start, blocks):
-        if start != file.tell():  # the server does not resume, or not where it was asked to
+    for position, block in read_on(remote.url, file.tell(), lambda: progress(file.tell(), remote.size)):
+        if position != file.tell():  # the server does not resume, or not where it was asked to
             file.truncate(0)
             file.seek(0)
-        if start not in (0, file.tell()):
+        if position != file.tell():
             raise OSError("the server answered with another part of the file")
-        for block in blocks:
-            _write(item, file, block)
-            if file.tell() > remote.size:
-                file.truncate(0)
-                raise DownloadError(f"{remote.url} sent more than the {remote.size:,} bytes it announced. Try again, or "
-                                    "use another mirror (HF_ENDPOINT).")
-            progress(file.tell(), remote.size)
+        _write(item, file, block)
+        if file.tell() > remote.size:
+            file.truncate(0)
+            raise DownloadError(f"{remote.url} sent more than the {remote.size:,} bytes it announced. Try again, or "
+                                "use another mirror (HF_ENDPOINT).")
+        progress(file.tell(), remote.size)
     if file.tell() < remote.size:
         raise OSError(f"the connection ended after {file.tell():,} of {remote.size:,} bytes")
 

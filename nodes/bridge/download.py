@@ -31,7 +31,7 @@ def download(model: str, text_encoder: str | None, *, fetch: bool) -> str:
     files = [file for file in released_files(model, text_encoder or "fp16") if text_encoder or file.part != "text_encoder"]
     targets = comfyui_targets(files, paths.download_folders())
     try:
-        plan = make_plan(targets)
+        plan = make_plan(targets, tick=check_cancelled)
     except (DownloadError, MissingDependency) as error:
         known = unasked(targets)
         if fetch:

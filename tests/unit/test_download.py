@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from hub_server import COMMIT, Hub
 
 from allegro_model import cli
 from allegro_model.download import (
+    Target,
     comfyui_folders,
     comfyui_targets,
     fetch,
@@ -102,9 +104,13 @@ def silent(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def get_transformer(comfyui: Path, watch: Callable = silent) -> str:
     """Fetches the transformer alone."""
-    files = [file for file in released_files("t2v") if file.part == "transformer" and file.is_weights]
-    (item,) = make_plan(comfyui_targets(files, comfyui_folders(comfyui))).missing
+    (item,) = make_plan(transformer_alone(comfyui)).missing
     return fetch(item, watch)
+
+
+def transformer_alone(comfyui: Path) -> list[Target]:
+    files = [file for file in released_files("t2v") if file.part == "transformer" and file.is_weights]
+    return comfyui_targets(files, comfyui_folders(comfyui))
 
 
 def dit_file(comfyui: Path) -> Path:
@@ -312,6 +318,25 @@ def test_waiting_can_be_cancelled(hub: Hub, comfyui: Path) -> None:
     hub.faults[DIT] = ["429 Retry-After: 50"]
     with pytest.raises(KeyboardInterrupt):
         get_transformer(comfyui, watch)
+
+
+@pytest.mark.parametrize("stalls", ["question", "content"])
+def test_cancelling_need_not_wait_for_a_stalled_connection(hub: Hub, comfyui: Path, stalls: str) -> None:
+    start = time.monotonic()
+
+    def cancel() -> None:
+        if time.monotonic() - start > 0.5:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def watch(title: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: cancel()
+
+    (hub.head_faults if stalls == "question" else hub.faults)[DIT] = ["stall 1000"[: 5 if stalls == "question" else None]]
+    with pytest.raises(KeyboardInterrupt):
+        fetch(make_plan(transformer_alone(comfyui), tick=cancel).missing[0], watch)
+    assert time.monotonic() - start < 3
+    assert not dit_file(comfyui).exists()
 
 
 def test_a_server_that_never_sends_all(hub: Hub, comfyui: Path) -> None:
