@@ -71,7 +71,8 @@ def _targets(job: Job) -> list[Target]:
 def _plan(job: Job, targets: list[Target]) -> Plan:
     """What there is to do; when nobody can be asked, a list of what to fetch by hand goes with the error."""
     try:
-        return make_plan(targets, force=job.force)
+        with job.console.progress("Looking what is missing"):  # without a network, half a minute
+            return make_plan(targets, force=job.force)
     except (DownloadError, MissingDependency) as error:
         known = unasked(targets, force=job.force)
         if job.args.dry_run:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DownloadError, OutputError
-from ..loading.released import about
-from .hub import RemoteFile, ask
+from ..errors import DownloadError, MissingDependency, OutputError
+from ..loading.released import ReleasedFile, about
+from .hub import RemoteFile, ask, link
 from .targets import Target, find_present
 
 _SPARE_BYTES = 64 * 2**20  # a disk should not be filled to the last byte
@@ -53,7 +53,7 @@ class Item:
             return f"have   {self.present}{kept}"
         size = about(self.num_bytes) if self.remote else f"about {about(self.num_bytes)}"
         begun = f", {about(self.done_bytes)} of it are there" if self.remote and self.done_bytes else ""
-        return f"fetch  {path}\n       {size}{begun}, from {self.remote.url if self.remote else f'{file.repository}: {file.path}'}"
+        return f"fetch  {path}\n       {size}{begun}, from {self.remote.url if self.remote else _source(file)}"
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,17 @@ def unasked(targets: Sequence[Target], *, force: bool = False) -> Plan:
 
 def by_hand(plan: Plan) -> str:
     """How to get what is missing without this program."""
-    lines = [f"  {item.target.file.path} of {item.target.file.repository} (about {about(item.num_bytes)}) -> {item.target.path}"
+    lines = [f"  {_source(item.target.file)} (about {about(item.num_bytes)}) -> {item.target.path}"
              for item in plan.missing if not item.target.file.optional]
     return "\n".join(["To fetch by hand:", *lines]) if lines else ""
+
+
+def _source(file: ReleasedFile) -> str:
+    """The address of a file; its name where huggingface_hub, which knows the addresses, is not installed."""
+    try:
+        return link(file)
+    except MissingDependency:
+        return f"{file.path} of {file.repository}"
 
 
 def part_prefix(path: Path) -> str:

@@ -355,7 +355,7 @@ def test_nobody_answers(comfyui: Path, allegro: Run, hub: Hub, monkeypatch: pyte
     code, _, err = allegro("--comfyui", comfyui)
     assert code == 9
     assert re.search(r"could not be fetched, \d attempts in a row failed", err)
-    assert f"{DIT} of {ALLEGRO} (about 5.5 GB) -> {dit_file(comfyui)}" in err
+    assert f"http://127.0.0.1:9/{ALLEGRO}/resolve/main/{DIT} (about 5.5 GB) -> {dit_file(comfyui)}" in err
 
 
 # Wrong content
