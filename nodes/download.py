@@ -71,6 +71,7 @@ def _run(model: str, text_encoder: str | None, *, fetch: bool) -> str:
 
 def _check(model: str, text_encoder: str) -> None:
     """The browser offers only what there is, scripts can send anything."""
-    for name, value, options in (("model", model, [*MODELS, INTERPOLATOR]), ("text_encoder", text_encoder, [*TEXT_ENCODERS, NO_ENCODER])):
+    for name, value, options in (("model", model, (*MODELS, INTERPOLATOR)),
+                                 ("text_encoder", text_encoder, (*TEXT_ENCODERS, NO_ENCODER))):
         if value not in options:
             raise DownloadError(f"{name}={value!r}: must be one of {', '.join(options)}.")

@@ -20,8 +20,9 @@ class Hub:
     Attributes:
         files: (repository, path) -> content.
         faults: path -> what happens at the next requests for its content, one after the other: a status such as "503" or
-            "429 Retry-After: 1", "cut N" (the connection ends after N bytes), "reset N" (it breaks), "stall N" (nothing comes any more), "whole" (a range is
-            ignored), "wrong" (other bytes), "longer" (more bytes), "shift" (another range).
+            "429 Retry-After: 1", "cut N" (the connection ends after N bytes), "reset N" (it breaks), "stall N" (nothing
+            comes any more), "whole" (a range is ignored), "wrong" (other bytes), "longer" (more bytes), "shift" (another
+            range).
         head_faults: the same for questions about a file, statuses and "stall" only.
         etags: path -> an ETag in place of the true one.
         requests: (method, path, range header or "") of every request for a file or its content.
@@ -162,6 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, header: str = "") -> None:
         name, _, value = header.partition(": ")
         body = b'{"error": "no"}'
-        self._head(status, {**({name: value} if value else {}), "Content-Type": "application/json", "Content-Length": str(len(body))})
+        self._head(status, {**({name: value} if value else {}), "Content-Type": "application/json",
+                            "Content-Length": str(len(body))})
         if self.command != "HEAD":
             self.wfile.write(body)

@@ -16,12 +16,35 @@ _NEWEST = "main"
 # Commit, sizes and checksums of the text encoders: several public installers agree on them.
 _T5_REPOSITORY, _T5_COMMIT = "comfyanonymous/flux_text_encoders", "6af2a98e3f615bdfa612fbd85da93d1ed5f69ef5"
 
-MODELS = {
-    "t2v": "text to video, 88 frames of 1280x720",
-    "t2v-40x720p": "text to video, 40 frames of 1280x720",
-    "t2v-40x360p": "text to video, 40 frames of 640x368",
-    "ti2v": "image to video, 88 frames of 1280x720",
+
+@dataclass(frozen=True)
+class _Model:
+    """A released model: what it makes, where it is published, where its VAE and tokenizer are, its names in ComfyUI."""
+
+    title: str
+    repository: str
+    shared: str
+    dit: str
+    vae: str
+    dit_bytes: int = 5_500_000_000
+
+
+def _forty_frames(name: str, size: str) -> _Model:
+    repository = f"{_ALLEGRO}-T2V-{name}"
+    stem = f"allegro_{name.lower()}"
+    return _Model(f"text to video, 40 frames of {size}", repository, repository, f"{stem}_dit", f"{stem}_vae")
+
+
+_MODELS = {
+    "t2v": _Model("text to video, 88 frames of 1280x720", _ALLEGRO, _ALLEGRO, "allegro_dit", "allegro_vae"),
+    "t2v-40x720p": _forty_frames("40x720P", "1280x720"),
+    "t2v-40x360p": _forty_frames("40x360P", "640x368"),
+    # It shares everything but the transformer with text to video. Source: its public instructions.
+    "ti2v": _Model(
+        "image to video, 88 frames of 1280x720", _TI2V, _ALLEGRO, "allegro_ti2v", "allegro_vae", 5_600_000_000
+    ),
 }
+MODELS = {name: model.title for name, model in _MODELS.items()}
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 COMMAND = "python -m allegro_model download"
 INTERPOLATOR_SOURCE = (
@@ -80,22 +103,18 @@ def released_files(model: str, text_encoder: str = "fp16") -> list[ReleasedFile]
         model: one of `MODELS`.
         text_encoder: one of `TEXT_ENCODERS`.
     """
-    repository = _repository(model)
-    # Image to video shares everything but the transformer with text to video. Source: its public instructions.
-    shared = _ALLEGRO if model == "ti2v" else repository
-    stem = {"t2v": "allegro", "ti2v": "allegro"}.get(model, model.replace("t2v-", "allegro_"))
-    dit = "allegro_ti2v" if model == "ti2v" else f"{stem}_dit"
+    of = _MODELS[model]
     files = [
-        ReleasedFile("model", repository, "model_index.json", "model_index.json", None, 1_000, optional=True),
-        *_part("transformer", repository, ("diffusion_models", dit), 5_600_000_000 if model == "ti2v" else 5_500_000_000),
-        *_part("vae", shared, ("vae", f"{stem}_vae"), 700_000_000),
+        ReleasedFile("model", of.repository, "model_index.json", "model_index.json", None, 1_000, optional=True),
+        *_part("transformer", of.repository, ("diffusion_models", of.dit), of.dit_bytes),
+        *_part("vae", of.shared, ("vae", of.vae), 700_000_000),
         TEXT_ENCODERS[text_encoder],
     ]
     tokenizer = {"spiece.model": 800_000, "tokenizer_config.json": 21_000, "special_tokens_map.json": 3_000,
                  "added_tokens.json": 3_000}  # fmt: skip
     for name, num_bytes in tokenizer.items():
         path = f"tokenizer/{name}"
-        files.append(ReleasedFile("tokenizer", shared, path, path, None, num_bytes, optional=name != "spiece.model"))
+        files.append(ReleasedFile("tokenizer", of.shared, path, path, None, num_bytes, optional=name != "spiece.model"))
     return files
 
 
@@ -135,11 +154,6 @@ def about(num_bytes: int) -> str:
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
     return f"{num_bytes} bytes"
-
-
-def _repository(model: str) -> str:
-    names = {"t2v": _ALLEGRO, "ti2v": _TI2V, "t2v-40x720p": f"{_ALLEGRO}-T2V-40x720P", "t2v-40x360p": f"{_ALLEGRO}-T2V-40x360P"}
-    return names[model]
 
 
 def _part(part: str, repository: str, comfyui: tuple[str, str], num_bytes: int) -> list[ReleasedFile]:

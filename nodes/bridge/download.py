@@ -46,7 +46,8 @@ def _fetch_all(plan: Plan) -> str:
     for item in plan.missing:
         checked = fetch(item, _watch)
         lines.append(f"fetched {item.target.path} ({checked})")
-    return "\n".join([*lines, "Press R in the browser to refresh the lists of the loaders." if plan.missing else "nothing to fetch"])
+    lines.append("Press R in the browser to refresh the lists of the loaders." if plan.missing else "nothing to fetch")
+    return "\n".join(lines)
 
 
 @contextmanager
