@@ -97,10 +97,12 @@ def read_state(path: str | PathLike[str]) -> tuple[SampleState, dict[str, Any]]:
     if "noisy_latents" not in tensors or "settings" not in metadata:
         raise UnsupportedCheckpoint(f"{path} holds {sorted(tensors)}: expected a run saved with --stop-at-step.")
     stated, step, kept_start = metadata["settings"], metadata.get("step"), metadata.get("kept_start", 0)
+    if isinstance(stated, dict):
+        stated = {"cache": "off", **stated}  # runs of versions that had none
     kinds = {field.name: _KINDS[str(field.type)] for field in fields(SampleSettings)}
     if not isinstance(stated, dict) or stated.keys() != kinds.keys() or not all(
             type(stated[name]) in kind for name, kind in kinds.items()) or type(step) is not int or type(kept_start) is not int:
         raise UnsupportedCheckpoint(f"{path} holds the settings {stated} after step {step}: expected {sorted(kinds)} and a "
                                     "whole number. The file is damaged; start the run again.")
-    optional = {name: tensors.get(name) for name in _OPTIONAL}
+    optional: dict[str, Any] = {name: tensors.get(name) for name in _OPTIONAL}
     return SampleState(tensors["noisy_latents"], step, SampleSettings(**stated), **optional, kept_start=kept_start), metadata

@@ -51,7 +51,17 @@ from .loading import (
 )
 from .loading.source import config_of
 from .memory import free_bytes, is_out_of_memory, total_bytes
-from .sampling import SAMPLERS, Denoiser, NoiseSource, Prompt, StepInfo, keep_latents, reference_sigmas
+from .sampling import (
+    SAMPLERS,
+    Denoiser,
+    NoiseSource,
+    Prompt,
+    StepCache,
+    StepInfo,
+    keep_latents,
+    reference_sigmas,
+)
+from .sampling.cache import check_cache
 from .sampling.guidance import check_guidance
 from .sampling.noise import MAX_SEED
 from .sampling.samplers import Callback, Denoise
@@ -76,6 +86,7 @@ class SampleSettings:
         num_steps: model evaluations, at least 1.  guidance_scale: 1 turns guidance off.
         sampler: a key of `SAMPLERS`.  seed: 0 .. 2**64 - 1.
         denoise: in (0, 1]; below 1 given latents are only partly replaced.
+        cache: one of `CACHE_LEVELS`; "off" evaluates the transformer at every step.
     """
 
     width: int
@@ -86,6 +97,7 @@ class SampleSettings:
     sampler: str = "euler_ancestral"
     seed: int = 0
     denoise: float = 1.0
+    cache: str = "off"
 
     def check(self) -> None:
         """Raises unless a run with these settings is possible.
@@ -98,6 +110,7 @@ class SampleSettings:
         check_guidance(self.guidance_scale)
         if self.sampler not in SAMPLERS:
             raise ScheduleError(f"sampler={self.sampler!r}: must be one of {', '.join(SAMPLERS)}.")
+        check_cache(self.cache)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
             raise ScheduleError(f"seed={self.seed!r}: must be a whole number from 0 to {MAX_SEED}.")
 
@@ -126,6 +139,7 @@ class SampleState:
         condition: [1, 8, t, h, w] of `AllegroPipeline.condition`; None for a text-to-video model.
         kept: [1, 4, k, h, w], normalised: latent frames that are not to change; None for none.
         kept_start: the latent frame that the first of them is.
+        skipped: what the step cache left out in these steps, for the user; empty without one.
     """
 
     latents: Tensor
@@ -135,6 +149,7 @@ class SampleState:
     condition: Tensor | None = field(default=None, repr=False)
     kept: Tensor | None = field(default=None, repr=False)
     kept_start: int = 0
+    skipped: str = ""
 
     @property
     def finished(self) -> bool:
@@ -443,7 +458,8 @@ class AllegroPipeline:
 
     def sample(self, prompts: PromptEmbeds, state: SampleState, *, stop: int | None = None,
                callback: Callback | None = None) -> SampleState:
-        """Runs the remaining steps.
+        """Runs the remaining steps. A step cache is empty at the start, also where an earlier run stopped: with one, two
+        halves do not equal one run.
 
         Args:
             prompts: from `encode_prompt`.
@@ -462,8 +478,9 @@ class AllegroPipeline:
         if self._vae is not None and self.device.type != "cpu" and not self._fits(
                 self._dit_bytes() + self.sampling_bytes(s)):
             self._vae = None  # where frames were encoded; it is read again to decode
+        cache = None if s.cache == "off" else StepCache(s.cache)
         denoise: Denoise = Denoiser(self.dit, prompts.positive, prompts.negative, s.guidance_scale,
-                                    batched=self._batched(s), condition=state.condition)
+                                    batched=self._batched(s), condition=state.condition, cache=cache)
         if state.kept is not None:
             denoise = keep_latents(denoise, state.kept.to(self.device), state.kept_start)
         last = state.denoised
@@ -480,8 +497,11 @@ class AllegroPipeline:
             denoise, state.latents.to(self.device), sigmas, noise.draw, start=state.step, stop=stop,
             previous=None if last is None else last.to(self.device), callback=after_step)
         step = s.num_steps if stop is None else min(stop, s.num_steps)
+        skipped = "" if cache is None else cache.summary()
+        if skipped:
+            log.info("%s", skipped)
         return replace(state, latents=_settled(x.cpu(), state, step), step=step,
-                       denoised=None if last is None else last.cpu())
+                       denoised=None if last is None else last.cpu(), skipped=skipped)
 
     def _batched(self, settings: SampleSettings) -> bool:
         """Whether both prompts go through the network at once: when that takes at most half the memory."""

@@ -133,8 +133,8 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
     job.console.say(
         f"{' + '.join([transformer_name(job) or model_name(job), *_loras(plan)])}: {s.num_frames} frames of "
         f"{s.width}x{s.height}, {s.num_steps} steps of {s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
-        f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel}, no step "
-        f"cache, about {size(pipeline.sampling_bytes(s))} of working memory")
+        f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel}, "
+        f"{_cache_name(s.cache)}, about {size(pipeline.sampling_bytes(s))} of working memory")
     last: StepInfo | None = None
     try:
         with (job.report.measure("sampling", pipeline.device),
@@ -145,12 +145,20 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
                 last = info
                 bar.update(info.step, info.num_steps)
 
-            return pipeline.sample(prompts, state, stop=plan.stop, callback=after_step)
+            state = pipeline.sample(prompts, state, stop=plan.stop, callback=after_step)
     except BaseException:
         # The callback never sees a step with NaN or Inf, so that what is kept here can be resumed.
         if last is not None:
             _rescue(job, plan, replace(state, latents=last.latents.cpu(), step=last.step, denoised=last.denoised.cpu()))
         raise
+    if state.skipped:
+        job.console.say(state.skipped)
+        job.report.facts["skipped"] = state.skipped
+    return state
+
+
+def _cache_name(level: str) -> str:
+    return "no step cache" if level == "off" else f"step cache {level}"
 
 
 def _loras(plan: Plan) -> list[str]:

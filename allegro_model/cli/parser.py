@@ -14,7 +14,7 @@ from ..loading import bundled_models
 from ..loading.released import MODELS, PARTS, TEXT_ENCODERS
 from ..media import FORMATS, QUALITIES
 from ..pipeline import DTYPES
-from ..sampling import SAMPLERS
+from ..sampling import CACHE_LEVELS, SAMPLERS
 from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
 from .report import EXIT_USAGE, exit_code_table
 
@@ -217,6 +217,10 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--cfg", type=float, metavar="X",
                        help="how closely to follow the prompt; 1 is off and twice as fast")
     group.add_argument("--sampler", choices=list(SAMPLERS), help="the reference's is euler_ancestral")
+    group.add_argument("--cache", choices=CACHE_LEVELS,
+                       help="leave out evaluations whose result would hardly differ: safe, fast or draft, each faster and "
+                            "further from the exact video; broadcast is the published attention broadcast, which needs much "
+                            "memory (default off)")
     group = parser.add_argument_group("long runs")
     group.add_argument("--save-latents", metavar="FILE",
                        help="save the latents before decoding (.safetensors)")

@@ -43,7 +43,7 @@ DEFAULT_SEED = 42  # the reference script's
 DEFAULT_DENOISE = 0.6
 # Options a saved run brings with it.
 _FIXED_BY_RESUME = ("prompt", "negative", "template", "no_clean", "seed", "init_video", "denoise", "frames",
-                    "width", "height", "steps", "cfg", "sampler", "first_frame", "last_frame", "loop", "keyframe",
+                    "width", "height", "steps", "cfg", "sampler", "cache", "first_frame", "last_frame", "loop", "keyframe",
                     "keep_frames", "fit")
 
 
@@ -227,7 +227,7 @@ def _settings_and_start(job: Job, pipeline: AllegroPipeline, clip: GivenClip | N
     """The settings of a new run, what it starts from (frames, latents or nothing), and the metadata of that."""
     args = job.args
     values = {"width": args.width, "height": args.height, "num_frames": args.frames, "num_steps": args.steps,
-              "guidance_scale": args.cfg, "sampler": args.sampler,
+              "guidance_scale": args.cfg, "sampler": args.sampler, "cache": args.cache,
               "seed": DEFAULT_SEED if args.seed is None else args.seed}
     if clip is not None:
         _remark_on(job, pipeline, clip)

@@ -5,6 +5,7 @@ Attribute names equal the published checkpoint keys (`attn1`, `attn2`, `ff.net.2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from ..ops import CastParam
 from .rope import apply_rope
 
 KeysValues = tuple[Tensor, Tensor]
+# (name, compute) -> the output of a part of a block, "self" or "cross" attention, which may be that of an earlier step.
+Reuse = Callable[[str, Callable[[], Tensor]], Tensor]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -102,7 +105,7 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(6, width, **kwargs))
 
     def forward(self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], text: KeysValues,
-                text_bias: Tensor | None, attention: Attention) -> Tensor:
+                text_bias: Tensor | None, attention: Attention, reuse: Reuse | None = None) -> Tensor:
         """Transforms the tokens.
 
         Args:
@@ -112,13 +115,19 @@ class Block(nn.Module):
             text: keys and values of the prompt, from `attn2.project`.
             text_bias: [B, 1, 1, L] or None.
             attention: the kernel.
+            reuse: decides for each attention whether it is computed; None computes both.
         Returns:
             [B, N, D].
         """
+        def attend() -> Tensor:
+            return self.attn1(modulate(x, shift_a, scale_a, self.norm_eps), rope, attention)
+
+        def read() -> Tensor:
+            return self.attn2(x, text, text_bias, attention)
+
         table = self.cast_param(self.scale_shift_table, x)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (table + modulation).unsqueeze(2).unbind(1)
-        u = modulate(x, shift_a, scale_a, self.norm_eps)
-        x = torch.addcmul(x, gate_a, self.attn1(u, rope, attention))
-        x = x + self.attn2(x, text, text_bias, attention)  # neither normalised nor gated
+        x = torch.addcmul(x, gate_a, attend() if reuse is None else reuse("self", attend))
+        x = x + (read() if reuse is None else reuse("cross", read))  # neither normalised nor gated
         u = modulate(x, shift_f, scale_f, self.norm_eps)
         return torch.addcmul(x, gate_f, self.ff(u))

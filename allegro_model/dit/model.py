@@ -16,7 +16,7 @@ from ..attention import Attention, sdpa
 from ..config import DiTConfig
 from ..errors import GeometryError
 from ..ops import CastParam, cast_like
-from .blocks import Block, CrossAttention, KeysValues, modulate
+from .blocks import Block, CrossAttention, KeysValues, Reuse, modulate
 from .embed import AdaLNSingle, CaptionProjection, PatchEmbed, position_table
 from .rope import rope_tables
 
@@ -114,14 +114,16 @@ class AllegroDiT(nn.Module):
         cross: list[CrossAttention] = [block.attn2 for block in self.transformer_blocks]  # type: ignore[misc]
         return Prepared(tuple(attention.project(text) for attention in cross), bias)
 
-    def denoise(self, latents: Tensor, timesteps: Tensor, prepared: Prepared) -> Tensor:
-        """`forward` with the prompt's share already computed."""
+    def denoise(self, latents: Tensor, timesteps: Tensor, prepared: Prepared, *,
+                reuse: Callable[[int], Reuse] | None = None) -> Tensor:
+        """`forward` with the prompt's share already computed; `reuse(i)` is given to block i."""
         grid = self.grid(latents)  # tokens per axis
         x = self.embed(latents)  # [B, N, D]
         modulation, time = self.adaln_single(timesteps, x.dtype)  # [B, 6, D], [B, D]
         rope = self.rope(grid, x.device)
-        for block, text in zip(self.transformer_blocks, prepared.text, strict=True):
-            x = block(x, modulation, rope, text, prepared.bias, self.attention)  # [B, N, D]
+        for i, (block, text) in enumerate(zip(self.transformer_blocks, prepared.text, strict=True)):
+            x = block(x, modulation, rope, text, prepared.bias, self.attention,
+                      None if reuse is None else reuse(i))  # [B, N, D]
         return self.unembed(x, self.output_time(time, latents), grid)  # [B, 4, t, h, w]
 
     def grid(self, latents: Tensor) -> tuple[int, int, int]:

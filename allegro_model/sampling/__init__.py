@@ -1,9 +1,10 @@
 """From noise to latents: the schedule, the noise, guidance and the samplers."""
 
+from .cache import CACHE_LEVELS, StepCache
 from .denoiser import Denoiser, Prompt, keep_latents
 from .noise import NoiseSource
 from .samplers import SAMPLERS, StepInfo
 from .schedule import reference_sigmas, reference_timesteps, sigma_table, sigma_to_timestep, timestep_to_sigma
 
-__all__ = ["SAMPLERS", "Denoiser", "NoiseSource", "Prompt", "StepInfo", "keep_latents",
+__all__ = ["CACHE_LEVELS", "SAMPLERS", "Denoiser", "NoiseSource", "Prompt", "StepCache", "StepInfo", "keep_latents",
            "reference_sigmas", "reference_timesteps", "sigma_table", "sigma_to_timestep", "timestep_to_sigma"]

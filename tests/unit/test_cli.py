@@ -94,7 +94,7 @@ def test_generate(allegro: Run) -> None:
     assert frames.shape == (3, 8, 32, 32)
     assert fps == 8
     settings = {"width": 32, "height": 32, "num_frames": 8, "num_steps": 4, "guidance_scale": 3.0,
-                "sampler": "euler_ancestral", "seed": 7, "denoise": 1.0}
+                "sampler": "euler_ancestral", "seed": 7, "denoise": 1.0, "cache": "off"}
     metadata = read_metadata("clip.mp4")
     assert metadata.pop("model_hash").keys() == {"vae", "transformer"}
     assert metadata == {
@@ -122,7 +122,7 @@ def test_every_setting_arrives(allegro: Run) -> None:
     assert code == 0
     made = read_metadata("a.mp4")
     assert made["settings"] == {"width": 48, "height": 16, "num_frames": 12, "num_steps": 3, "guidance_scale": 1.0,
-                                "sampler": "dpmpp_2m", "seed": 2**64 - 1, "denoise": 1.0}
+                                "sampler": "dpmpp_2m", "seed": 2**64 - 1, "denoise": 1.0, "cache": "off"}
     assert (made["negative"], made["template"], made["clean"], made["fps"]) == ("", True, False, 12)
     frames, fps = read_frames("a.mp4")
     assert (frames.shape, fps) == ((3, 12, 16, 48), 12)
@@ -159,6 +159,23 @@ def test_a_resumed_run_equals_one_run(allegro: Run, sampler: str) -> None:
     assert code == 0
     assert torch.equal(latents_of("one.safetensors"), latents_of("two.safetensors"))
     assert Path("one_00003.png").read_bytes() == Path("two_00003.png").read_bytes()
+
+
+def test_a_step_cache_says_what_it_left_out_and_stays_when_a_run_is_resumed(allegro: Run) -> None:
+    settings = (PROMPT, "--steps", 12, "--seed", 3)
+    assert allegro("generate", *settings, "-o", "exact.png", "--save-latents", "exact.safetensors")[0] == 0
+    code, _, err = allegro("generate", *settings, "--cache", "draft", "-o", "a.png", "--save-latents", "a.safetensors",
+                           "--json", "a.json")
+    assert code == 0
+    assert ", step cache draft, about" in err
+    (line,) = re.findall(r"step cache draft: \d+ of \d+ predictions computed.*", err)
+    assert json.loads(Path("a.json").read_text())["skipped"] == line
+    assert not torch.equal(latents_of("a.safetensors"), latents_of("exact.safetensors"))
+    assert allegro("generate", *settings, "--cache", "draft", "--stop-at-step", 5, "--save-latents", "half.safetensors")[0] == 0
+    assert allegro("generate", "--resume", "half.safetensors", "--cache", "off", "-o", "b.png")[0] == 2
+    code, _, err = allegro("generate", "--resume", "half.safetensors", "-o", "b.png")
+    assert code == 0
+    assert "step cache draft: " in err
 
 
 def test_latents_are_saved_before_decoding_and_decode_to_the_same_clip(allegro: Run) -> None:

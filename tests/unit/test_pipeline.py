@@ -65,6 +65,26 @@ def test_a_run_saved_half_way_and_resumed_equals_one_run(tiny, prompts, sampler,
     assert torch.equal(tiny.raw_latents(tiny.sample(prompts, state)), whole)
 
 
+def test_a_resumed_run_begins_with_an_empty_cache(tiny, prompts, monkeypatch):
+    """It computes its first step whatever the steps before it computed, and nothing of them is used."""
+    half = tiny.sample(prompts, tiny.start(tiny.settings(**{**SMALL, "num_steps": 20}, cache="draft")), stop=18)
+    assert half.skipped.startswith("step cache draft: ")
+    calls, original = [], tiny.dit.denoise
+    monkeypatch.setattr(tiny.dit, "denoise", lambda x, t, p, **k: (calls.append(float(t[0])), original(x, t, p, **k))[1])
+    tiny.sample(prompts, half)
+    assert calls[0] == pytest.approx(999 / 19, abs=0.01)
+    assert torch.equal(tiny.sample(prompts, half).latents, tiny.sample(prompts, half).latents)
+
+
+def test_runs_saved_before_there_were_caches_are_read(tiny, tmp_path, monkeypatch):
+    state = tiny.start(tiny.settings(**SMALL))
+    old = {name: value for name, value in state.settings.to_dict().items() if name != "cache"}
+    monkeypatch.setattr(type(state.settings), "to_dict", lambda self: old)
+    file = tmp_path / "old.safetensors"
+    file.write_bytes(pack_state(state, {}))
+    assert read_state(file)[0].settings == state.settings
+
+
 def test_unfinished_runs_are_not_decoded(tiny, prompts, tmp_path):
     half = tiny.sample(prompts, tiny.start(tiny.settings(**SMALL)), stop=1)
     with pytest.raises(ScheduleError, match="1 of 4 steps"):
@@ -213,7 +233,7 @@ def with_tiling(tiny, monkeypatch, tiling):
 
 
 def test_nan_is_reported_with_its_step(tiny, prompts, monkeypatch):
-    monkeypatch.setattr(type(tiny.dit), "denoise", lambda self, x, t, p: x * math.nan)
+    monkeypatch.setattr(type(tiny.dit), "denoise", lambda self, x, t, p, **_: x * math.nan)
     with pytest.raises(NonFiniteError, match="step 1 of 4"):
         run(tiny, prompts)
 

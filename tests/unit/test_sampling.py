@@ -164,7 +164,7 @@ def test_guidance_one_never_evaluates_the_negative_prompt():
     dit = tiny_dit()
     calls = []
     original = dit.denoise
-    dit.denoise = lambda *a: (calls.append(len(a[0])), original(*a))[1]
+    dit.denoise = lambda *a, **k: (calls.append(len(a[0])), original(*a, **k))[1]
     positive, negative = prompts()
     Denoiser(dit, positive, negative, 1.0, batched=True)(torch.zeros(1, 4, 2, 4, 4), torch.tensor(1.0))
     assert calls == [1]

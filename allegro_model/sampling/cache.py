@@ -1,0 +1,169 @@
+"""Step caches: where a run may use an earlier prediction instead of the network, and how far that goes.
+
+Three things can be left out. A prediction of the clean latents is used again while the run has moved less than a
+threshold; fresh noise of an ancestral sampler changes the noise that a network predicts at every step, but the clean
+latents slowly, so these are what is kept. Guidance is used in an interval of timesteps only (arXiv 2404.07724).
+Pyramid attention broadcast (arXiv 2408.12588) uses the output of an attention again, inside the network.
+
+All state is in a `StepCache`, which serves one run. Nothing of it is saved: a run that is resumed starts with an
+empty one, so it computes its first step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..dit.blocks import Reuse
+from ..errors import ScheduleError
+
+# How far from its end the prediction of a run is, at some timesteps. Calibrated on allegro-tiny with 30
+# steps of euler_ancestral: the sum over the steps of the square root of the relative change (root mean square), which
+# spreads what is left out better over a run than the change itself. tests/bench/bench_cache.py measures it.
+_TIMESTEPS = (0, 50, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 950, 999)
+_TRAVELLED = (0, 0.19, 0.50, 0.83, 1.16, 1.87, 2.70, 3.70, 4.99, 6.52, 8.20, 9.91, 10.67, 11.53)
+
+# Attention broadcast as published for Allegro: timesteps, and every how many steps which attention is computed.
+# Source: VideoSys, AllegroPABConfig.
+BROADCAST_TIMESTEPS = (100.0, 850.0)
+BROADCAST_STEPS = {"self": 2, "cross": 6}
+
+
+@dataclass(frozen=True)
+class CacheLevel:
+    """What a level leaves out.
+
+    Attributes:
+        threshold: a prediction is used again while `distance` to where it was made is below this; 0 = never.
+        guidance: lowest and highest timestep with guidance.
+        broadcast: whether attentions are used again as published for Allegro.
+    """
+
+    threshold: float = 0.0
+    guidance: tuple[float, float] = (0.0, 1000.0)
+    broadcast: bool = False
+
+
+# Chosen on allegro-tiny; docs/benchmarks.md has the measurements.
+LEVELS = {
+    "safe": CacheLevel(0.5, (0.0, 900.0)),
+    "fast": CacheLevel(0.9, (0.0, 900.0)),
+    "draft": CacheLevel(1.5, (200.0, 850.0)),
+    "broadcast": CacheLevel(broadcast=True),
+}
+CACHE_LEVELS = ("off", *LEVELS)
+
+
+def check_cache(level: str) -> None:
+    """Raises unless there is such a level.
+
+    Raises:
+        ScheduleError: names all levels.
+    """
+    if level not in CACHE_LEVELS:
+        raise ScheduleError(f"cache={level!r}: must be one of {', '.join(CACHE_LEVELS)}.")
+
+
+def distance(first: float, second: float) -> float:
+    """How far a prediction moves between two timesteps, in units of `CacheLevel.threshold`."""
+    start, end = np.interp((first, second), _TIMESTEPS, _TRAVELLED)
+    return float(abs(end - start))
+
+
+class _Held(NamedTuple):
+    """A prediction, and the timestep it was made at."""
+
+    denoised: Tensor
+    timestep: float
+
+
+class StepCache:
+    """The cache of one run.
+
+    Args:
+        level: a key of `LEVELS`.
+    """
+
+    def __init__(self, level: str) -> None:
+        check_cache(level)
+        self.name = level
+        self.level = LEVELS[level]
+        self._held: dict[Hashable, _Held] = {}
+        self._guided = False
+        self._attended: dict[Hashable, Tensor] = {}
+        self._evaluations: Counter[Hashable] = Counter()  # of each group of keys
+        self._counts: Counter[str] = Counter()
+
+    def guided(self, timestep: float) -> bool:
+        """Whether guidance is used at a timestep; ask once for each prediction that depends on it."""
+        low, high = self.level.guidance
+        inside = low <= timestep <= high
+        if inside and not self._guided:
+            self._held.clear()  # both prompts start anew, and so together, whether they are evaluated in one batch or not
+        self._guided = inside
+        self._counts["unguided"] += not inside
+        return inside
+
+    def predict(self, keys: Sequence[Hashable], timestep: float, compute: Callable[[], Tensor]) -> Tensor:
+        """Predictions of the clean latents, computed or those of an earlier step.
+
+        Each depends on the history of its own key alone, not on what is evaluated together with it: a batch of which one
+        part has to be computed is computed as a whole, and the other parts stay what they were.
+
+        Args:
+            keys: what tells apart the parts of the batch that are evaluated together: the conditioning, and whatever
+                else is not the same at every step. A prediction is only ever used for its own key.
+            timestep: 0 .. 999.
+            compute: gives [B, 4, t, h, w], B a multiple of the number of keys.
+        Returns:
+            [B, 4, t, h, w].
+        """
+        due = [key for key in keys if not self._may_stay(key, timestep)]
+        if due:
+            parts = compute().chunk(len(keys))
+            self._evaluations[tuple(keys)] += 1
+            self._held |= {key: _Held(part, timestep) for key, part in zip(keys, parts, strict=True) if key in due}
+        self._counts["computed" if due else "reused"] += len(keys)
+        return torch.cat([self._held[key].denoised for key in keys])  # a copy, which hosts may change
+
+    def _may_stay(self, key: Hashable, timestep: float) -> bool:
+        held = self._held.get(key)
+        return held is not None and distance(held.timestep, timestep) < self.level.threshold
+
+    def reuse(self, keys: Sequence[Hashable], timestep: float) -> Callable[[int], Reuse] | None:
+        """For `AllegroDiT.denoise`, called inside `compute` of `predict`; None when every attention is computed."""
+        if not self.level.broadcast:
+            return None
+        return lambda block: partial(self._attend, (tuple(keys), block), timestep)
+
+    def _attend(self, place: tuple[Hashable, int], timestep: float, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """The output of an attention: that of an earlier step where broadcasting allows it."""
+        low, high = BROADCAST_TIMESTEPS
+        key = (*place, name)
+        turn = self._evaluations[place[0]] % BROADCAST_STEPS[name]  # counted from the first step, as published
+        if turn and low < timestep < high and key in self._attended:
+            self._counts["attended"] += 1
+            return self._attended[key]
+        self._attended.pop(key, None)
+        output = compute()
+        self._counts["attention"] += 1
+        if timestep > low:  # nothing is used again below: the memory is free
+            self._attended[key] = output
+        return output
+
+    def summary(self) -> str:
+        """One line about what was left out, for the log."""
+        c = self._counts
+        parts = [f"{c['computed']} of {c['computed'] + c['reused']} predictions computed"]
+        if c["unguided"]:
+            parts.append(f"{c['unguided']} more for the negative prompt left out")
+        if c["attended"]:
+            parts.append(f"{c['attended']} of {c['attended'] + c['attention']} attentions used again")
+        return f"step cache {self.name}: {', '.join(parts)}"
