@@ -18,6 +18,7 @@ FEATURES = {
     "latent": ("EmptyAllegroLatentVideo",),
     "ti2v": ("AllegroImageToVideo", "AllegroKeyframes", "AllegroContinueVideo", "AllegroJoinVideos"),
     "sample": ("AllegroScheduler", "AllegroSampler"),
+    "cache": ("AllegroCache",),
     "vae": ("VideoVAEEncode", "VideoVAEDecode"),
     "vfi": ("LoadAllegroFrameInterpolator", "FrameInterpolate"),
     "download": ("AllegroDownload",),

@@ -25,6 +25,7 @@ from ...allegro_model.dit.model import trim_text
 from ...allegro_model.errors import GeometryError, TextError
 from ...allegro_model.loading import check_tensors, component_folder, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
+from .cache import reuse_of
 from .compat import (
     SMALL_MODEL_PARAMETERS,
     assign_option,
@@ -112,15 +113,17 @@ class ComfyDiT(AllegroDiT):
         options = {**transformer_options, "block_type": "double", "total_blocks": len(self.transformer_blocks)}
         replacements = options.get("patches_replace", {}).get("dit", {})
         patches = options.get("patches", {}).get("double_block", [])
+        reuse = reuse_of(options)
         for i, block in enumerate(self.transformer_blocks):
             if not torch.compiler.is_compiling():
                 check_cancelled()  # a step can take longer than anybody wants to wait
             options["block_index"] = i
             kernel = attention_with(options)
 
-            def original(args: Options, block: Any = block, kernel: Any = kernel) -> Options:
+            def original(args: Options, block: Any = block, kernel: Any = kernel, i: int = i) -> Options:
                 keys_values = block.attn2.project(args["txt"])
-                return {"img": block(args["img"], args["vec"], args["pe"], keys_values, bias, kernel)}
+                return {"img": block(args["img"], args["vec"], args["pe"], keys_values, bias, kernel,
+                                     None if reuse is None else reuse(i))}
 
             inputs = {"img": x, "txt": text, "vec": modulation, "pe": rope, "transformer_options": options}
             replace = replacements.get(("double_block", i))

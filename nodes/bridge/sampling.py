@@ -24,6 +24,7 @@ from ...allegro_model.geometry import LatentShape, check_memory, estimate_sampli
 from ...allegro_model.sampling import NoiseSource, StepInfo, reference_sigmas
 from ...allegro_model.sampling.samplers import SAMPLERS
 from ...allegro_model.sampling.schedule import sigma_table, sigma_to_timestep, timestep_to_sigma
+from .cache import CACHE
 from .compat import fix_empty_latent, intermediate_dtype
 from .progress import GIB, stage
 
@@ -191,9 +192,13 @@ def _announce(model: Any, config: Any, shape: LatentShape, batch: int, settings:
 
 
 def _cache_name(model: Any) -> str:
-    """What ComfyUI's EasyCache and LazyCache nodes have put on the model, if anything."""
-    cache = model.model_options.get("transformer_options", {}).get("easycache")
-    return "no cache" if cache is None else str(getattr(cache, "name", "a cache"))
+    """What our cache node, or ComfyUI's EasyCache and LazyCache, have put on the model, if anything."""
+    options = model.model_options.get("transformer_options", {})
+    cache = options.get("easycache")
+    names = [] if cache is None else [str(getattr(cache, "name", "a cache"))]
+    if CACHE in options:
+        names.append(f"step cache {options[CACHE]}")
+    return " and ".join(names) or "no cache"
 
 
 def _dtype_name(model: Any) -> str:
