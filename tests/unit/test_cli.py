@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run_command
 from safetensors.torch import load_file, save_file
 from snapshot import write_snapshot
 
@@ -52,13 +53,7 @@ def allegro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         words = [str(a) for a in arguments]
         if with_model and words[0] != "inspect":
             words += ["--model", model]
-        capsys.readouterr()
-        try:
-            code = cli.main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_command(capsys, words)
 
     return run
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run_command
 from safetensors.torch import load_file
 from snapshot import write_snapshot, write_ti2v_snapshot
 from torch import Tensor
 
-from allegro_model import AllegroPipeline, cli, pipeline
+from allegro_model import AllegroPipeline, pipeline
 from allegro_model.cli.parser import parse_arguments
 from allegro_model.conditioning import GivenFrames, fit_images
 from allegro_model.joining import join_clips
@@ -51,13 +52,7 @@ def allegro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     def run(*arguments: object, model: str | None = "TI2V") -> tuple[int, str, str]:
         words = [*map(str, arguments), *([] if model is None else ["--model", str(models / model)])]
-        capsys.readouterr()
-        try:
-            code = cli.main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_command(capsys, words)
 
     return run
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from safetensors.torch import save_file
 from snapshot import write_snapshot
 from tiny import VFI, tiny_vfi
 
-from allegro_model import cli
 from allegro_model.errors import CheckpointError
 from allegro_model.loading import interpolator_metadata, load_interpolator
 from allegro_model.media import open_writer, probe_clip, probe_contents, read_frames, read_metadata
@@ -40,13 +40,7 @@ def allegro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     def run(*arguments: object, model: str | None = "vfi_t.safetensors") -> tuple[int, str, str]:
         words = [str(a) for a in arguments] + (["--model", model] if model else [])
-        capsys.readouterr()
-        try:
-            code = cli.main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return run_command(capsys, words)
 
     return run
 
