@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +33,28 @@ def cache_latents(workers: Workers, recipe: Recipe, folder: Path) -> None:
     """Encode clips 0 .. ``recipe.num_latents`` - 1 into ``latents/part-NNN.safetensors``; existing parts are kept."""
     vae = VideoVAE(TINY_VAE, part="full")
     load_averaged(vae, folder / "vae.pt", "vae")
-    target = folder / "latents"
+
+    def encode(seeds: range) -> dict[str, Tensor]:
+        return {"latents": torch.stack([encode_clip(vae, to_tensor(make_clip(s, CANVAS).frames)[None]) for s in seeds]).half()}
+
+    write_parts(workers, recipe.num_latents, folder / "latents", encode)
+
+
+def write_parts(workers: Workers, count: int, target: Path, encode: Callable[[range], dict[str, Tensor]]) -> None:
+    """Write what ``encode`` makes of seeds 0 .. ``count`` - 1, and the seeds, into files of ``PART`` clips each.
+
+    Every process writes its share. Existing files are kept, so that an interrupted run goes on.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for part in range(workers.rank, -(-recipe.num_latents // PART), workers.world):
+    for part in range(workers.rank, -(-count // PART), workers.world):
         path = target / f"part-{part:03d}.safetensors"
         if path.exists():
             continue
-        seeds = range(part * PART, min((part + 1) * PART, recipe.num_latents))
-        latents = torch.stack([encode_clip(vae, to_tensor(make_clip(seed, CANVAS).frames)[None]) for seed in seeds]).half()
+        seeds = range(part * PART, min((part + 1) * PART, count))
         temporary = path.with_suffix(".tmp")
-        save_file({"latents": latents, "seeds": torch.tensor(list(seeds))}, temporary)
+        save_file({**encode(seeds), "seeds": torch.tensor(list(seeds))}, temporary)
         temporary.rename(path)
-        logger.info("encoded clips %d to %d", seeds[0], seeds[-1])
+        logger.info("%s: encoded clips %d to %d", target.name, seeds[0], seeds[-1])
 
 
 def load_latents(folder: Path) -> tuple[Tensor, list[int]]:

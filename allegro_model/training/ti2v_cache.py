@@ -6,14 +6,13 @@ its first k frames, its last k, or a few frames anywhere.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..conditioning import GivenFrames
@@ -21,12 +20,10 @@ from ..vae import VideoVAE
 from .captions import Attributes
 from .data import Clip, make_clip
 from .distributed import Workers
-from .latents import PART, attributes_of, encode_clip
+from .latents import attributes_of, encode_clip, write_parts
 from .recipe import CANVAS, TINY_VAE, Recipe
 from .scenes import Canvas
 from .vae_stage import load_averaged, to_tensor
-
-logger = logging.getLogger(__name__)
 
 _LATE = 0.6  # clips that begin in mid-motion
 #: What the third canvas holds: the clip's first k frames, its last k, a few anywhere.
@@ -81,18 +78,12 @@ def cache_ti2v_latents(workers: Workers, recipe: Recipe, folder: Path) -> None:
     """Encode clips 0 .. ``recipe.num_ti2v`` - 1 into ``ti2v_latents/part-NNN.safetensors``; existing parts are kept."""
     vae = VideoVAE(TINY_VAE, part="full")
     load_averaged(vae, folder / "vae.pt", "vae")
-    target = folder / "ti2v_latents"
-    target.mkdir(parents=True, exist_ok=True)
-    for part in range(workers.rank, -(-recipe.num_ti2v // PART), workers.world):
-        path = target / f"part-{part:03d}.safetensors"
-        if path.exists():
-            continue
-        seeds = range(part * PART, min((part + 1) * PART, recipe.num_ti2v))
+
+    def encode(seeds: range) -> dict[str, Tensor]:
         latents, canvases, masks = (torch.stack(parts).half() for parts in zip(*(_encode(vae, s) for s in seeds), strict=True))
-        temporary = path.with_suffix(".tmp")
-        save_file({"latents": latents, "canvases": canvases, "masks": masks, "seeds": torch.tensor(list(seeds))}, temporary)
-        temporary.rename(path)
-        logger.info("encoded clips %d to %d and their given frames", seeds[0], seeds[-1])
+        return {"latents": latents, "canvases": canvases, "masks": masks}
+
+    write_parts(workers, recipe.num_ti2v, folder / "ti2v_latents", encode)
 
 
 @dataclass(frozen=True)
