@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "allegro_model"
 
 BASE = {"errors", "config"}
-SHARED = BASE | {"attention", "ops", "geometry", "tensors"}
+SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
 PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining"}
 COMMANDS = PIPELINE | {"pipeline", "latents", "download"}
@@ -21,6 +21,7 @@ ALLOWED = {
     "attention": BASE,
     "ops": BASE,
     "geometry": BASE,
+    "costs": BASE | {"geometry"},
     "tensors": BASE,
     "conditioning": BASE | {"geometry"},
     "joining": BASE,
