@@ -85,7 +85,7 @@ class Server:
         ]
         self.log_file = self.base / f"server-{self.port}.log"
         with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment(),
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment(),
                                             cwd=self.base)
         end = time.monotonic() + timeout
         while time.monotonic() < end:
@@ -97,6 +97,19 @@ class Server:
             except OSError:
                 time.sleep(0.2)
         raise AssertionError(f"ComfyUI did not answer in {timeout} s:\n{self.log[-3000:]}")
+
+    def environment(self) -> dict[str, str]:
+        """That of the process. A checkout that serves the folder `templates` of comfyui-workflow-templates ends at start-up
+        with a newer release of that package, which has none: it gets an empty one in front."""
+        env = child_environment()
+        if "iter_templates" in (self.comfyui.path / "app" / "frontend_management.py").read_text(encoding="utf-8"):
+            return env
+        stand_in = self.base / "stand-in"
+        package = stand_in / "comfyui_workflow_templates"
+        (package / "templates").mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").touch()
+        (package / "templates" / "index.json").write_text("[]", encoding="utf-8")
+        return {**env, "PYTHONPATH": os.pathsep.join(filter(None, (str(stand_in), env.get("PYTHONPATH"))))}
 
     def stop(self) -> None:
         if self.process is not None:
