@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import best_attention
+from .attention import AttentionShape, Kernel, check_attention, choose_attention
 from .conditioning import GivenFrames, build_condition, sample_posterior
 from .config import DiTConfig, SamplingConfig, VAEConfig
 from .dit import AllegroDiT
@@ -36,6 +36,7 @@ from .geometry import (
     estimate_sampling_bytes,
     frames_bytes,
     latent_shape,
+    token_count,
 )
 from .loading import (
     apply_loras,
@@ -168,11 +169,14 @@ class AllegroPipeline:
         tiling: of the VAE; None takes the checkpoint's.
         loras: (path, strength) of LoRAs, merged into the transformer whenever it is loaded.
         transformer: another one than the folder's own: a file, or a folder of weights.
+        attention: the kernel of the transformer, one of `ATTENTIONS`; "auto" measures the exact ones.
     """
 
     def __init__(self, root: Path, defaults: SamplingConfig, *, device: torch.device,
                  dtype: torch.dtype | None = None, tiling: Tiling | None = None,
-                 loras: Sequence[tuple[str | Path, float]] = (), transformer: Path | None = None) -> None:
+                 loras: Sequence[tuple[str | Path, float]] = (), transformer: Path | None = None,
+                 attention: str = "auto") -> None:
+        check_attention(attention)
         self.root = root
         self.transformer = transformer or root / "transformer"
         self.defaults = defaults
@@ -180,6 +184,8 @@ class AllegroPipeline:
         self.dtype = dtype
         self.tiling = tiling
         self.loras = tuple(loras)
+        self.attention = attention
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}  # by what they were chosen for
         self._dit: AllegroDiT | None = None
         self._vae: VideoVAE | None = None
 
@@ -187,7 +193,7 @@ class AllegroPipeline:
     def from_pretrained(cls, model: str | PathLike[str] = "tiny", *, device: str | torch.device = "auto",
                         dtype: str | torch.dtype = "auto", tiling: Tiling | None = None,
                         loras: Sequence[tuple[str | Path, float]] = (),
-                        transformer: str | PathLike[str] | None = None) -> AllegroPipeline:
+                        transformer: str | PathLike[str] | None = None, attention: str = "auto") -> AllegroPipeline:
         """Opens a model; weights are read when they are first needed.
 
         Args:
@@ -198,7 +204,10 @@ class AllegroPipeline:
             loras: (path, strength) of LoRAs for the transformer, e.g. [("style.safetensors", 0.8)].
             transformer: a file or folder of weights that takes the place of the model's own: the released
                 image-to-video model differs from Allegro in this part alone. Default settings follow it.
+            attention: the kernel of the transformer, one of `allegro_model.attention.ATTENTIONS`; "auto" measures those
+                that are there and exact, once for each size of clip, and takes the fastest.
         Raises:
+            ScheduleError: there is no such attention.
             UnsupportedCheckpoint: not a model folder.
             CheckpointMismatch: `transformer` was made for another text encoder.
         """
@@ -207,7 +216,7 @@ class AllegroPipeline:
         if part is not None:
             _check_text_width(root, part)
         return cls(root, load_sampling_defaults(root, part), device=resolve_device(device),
-                   dtype=resolve_dtype(dtype), tiling=tiling, loras=loras, transformer=part)
+                   dtype=resolve_dtype(dtype), tiling=tiling, loras=loras, transformer=part, attention=attention)
 
     # Networks: memory-mapped when something about them is asked, moved to the device when they run
 
@@ -264,9 +273,17 @@ class AllegroPipeline:
     @property
     def dit(self) -> AllegroDiT:
         """The transformer, on the pipeline's device."""
-        dit = self._load_dit().to(self.device, self.dit_dtype)
-        dit.attention = best_attention(self.device, self.dit_dtype)
-        return dit
+        return self._load_dit().to(self.device, self.dit_dtype)
+
+    def kernel(self, settings: SampleSettings) -> Kernel:
+        """The attention of a run; the choice, which may be measured, is made once for each size of clip."""
+        config = self.dit_config
+        tokens = token_count(latent_shape(settings.width, settings.height, settings.num_frames), config.patch_size)
+        key = (self.attention, self.device, self.dit_dtype,
+               AttentionShape(tokens, config.num_attention_heads, config.attention_head_dim))
+        if key not in self._kernels:
+            self._kernels[key] = choose_attention(*key)
+        return self._kernels[key]
 
     @property
     def vae(self) -> VideoVAE:
@@ -479,7 +496,9 @@ class AllegroPipeline:
                 self._dit_bytes() + self.sampling_bytes(s)):
             self._vae = None  # where frames were encoded; it is read again to decode
         cache = None if s.cache == "off" else StepCache(s.cache)
-        denoise: Denoise = Denoiser(self.dit, prompts.positive, prompts.negative, s.guidance_scale,
+        dit, kernel = self.dit, self.kernel(s)
+        dit.attention = kernel.run
+        denoise: Denoise = Denoiser(dit, prompts.positive, prompts.negative, s.guidance_scale,
                                     batched=self._batched(s), condition=state.condition, cache=cache)
         if state.kept is not None:
             denoise = keep_latents(denoise, state.kept.to(self.device), state.kept_start)
@@ -488,6 +507,7 @@ class AllegroPipeline:
         def after_step(info: StepInfo) -> None:
             nonlocal last
             check_finite(info.denoised, f"step {info.step} of {info.num_steps}",
+                         ("" if kernel.name == "sdpa" else f"the attention sdpa instead of {kernel.name}; ") +
                          "the transformer in bf16 or fp32 instead of fp16; intact weights (allegro inspect)")
             last = info.denoised
             if callback is not None:

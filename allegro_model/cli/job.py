@@ -186,7 +186,8 @@ def open_model(job: Job) -> AllegroPipeline:
     dtype = getattr(args, "dtype", "auto")
     pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=dtype,
                                                loras=getattr(args, "lora", ()),
-                                               transformer=getattr(args, "transformer", None))
+                                               transformer=getattr(args, "transformer", None),
+                                               attention=getattr(args, "attention", "auto"))
     pipeline.tiling = _tiling(args, pipeline)
     job.report.facts["model"] = model_name(job)
     job.report.facts["device"] = str(pipeline.device)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
+from ..attention import ATTENTIONS
 from ..conditioning import FITS
 from ..loading import bundled_models
 from ..loading.released import MODELS, PARTS, TEXT_ENCODERS
@@ -351,6 +352,9 @@ def _add_model(parser: _Parser, *, generate: bool = False) -> None:
     if generate:
         group.add_argument("--dtype", default="auto", choices=list(DTYPES),
                            help="of the transformer (default auto: bf16 for large models on a GPU)")
+        group.add_argument("--attention", default="auto", choices=ATTENTIONS,
+                           help="kernel of the transformer's attention (default auto: the fastest exact one, measured before the "
+                                "first step); sage is approximate; one that cannot be used here is replaced by sdpa")
 
 
 def _add_tiles(parser: _Parser) -> None:

@@ -24,9 +24,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import best_attention
+from ..attention import AttentionShape, choose_attention
 from ..dit import AllegroTI2V
 from ..errors import UnsupportedCheckpoint
+from ..geometry import LatentShape, token_count
 from ..loading import bundled_model, load_dit, load_text_encoder, load_vae
 from ..pipeline import SMALL_MODEL_PARAMETERS
 from .adapters import Adapters, choose_layers, write_lora
@@ -119,7 +120,10 @@ def _frozen(root: Path, device: str) -> Any:
         keep_float32(dit.pos_embed.proj)
         keep_float32(dit.proj_out)
     else:
-        dit.attention = best_attention(torch.device(device), torch.bfloat16)
+        c = dit.config
+        tokens = token_count(LatentShape(c.sample_size_t, *c.sample_size), c.patch_size)
+        shape = AttentionShape(tokens, c.num_attention_heads, c.attention_head_dim)
+        dit.attention = choose_attention("auto", torch.device(device), torch.bfloat16, shape).run
         for block in dit.transformer_blocks:
             _recompute(block)
     return dit

@@ -173,6 +173,18 @@ def test_a_step_cache_says_what_it_left_out_and_stays_when_a_run_is_resumed(alle
     assert "step cache draft: " in err
 
 
+def test_the_attention_is_named_and_one_that_cannot_be_used_is_replaced(allegro: Run) -> None:
+    settings = ("generate", PROMPT, "--steps", 1, "-o", "a.png", "--force")
+    code, out, err = allegro(*settings, "--json")
+    assert (code, json.loads(out)["attention"]) == (0, {"name": "sdpa", "seconds": {}})
+    assert ", attention sdpa, " in err
+    assert ", attention sdpa-math, " in allegro(*settings, "--attention", "sdpa-math")[2]
+    code, _, err = allegro(*settings, "--attention", "flash3")
+    assert code == 0
+    assert "WARNING: Attention flash3 cannot be used: it runs on cuda, not on cpu. Using sdpa.\n" in err
+    assert ", attention sdpa, " in err
+
+
 def test_latents_are_saved_before_decoding_and_decode_to_the_same_clip(allegro: Run) -> None:
     assert allegro("generate", PROMPT, "-o", "a.png", "--fps", 6, "--save-latents", "a.safetensors")[0] == 0
     code, out, _ = allegro("decode", "a.safetensors", "-o", "b.png")
