@@ -72,6 +72,11 @@ def _meant(choice: str) -> str:
     return next((model for model in MODELS if model.removeprefix("t2v-") in choice.lower()), "t2v")
 
 
+def prompt_folder() -> Path:
+    """Where encoded prompts are kept: in ComfyUI's user folder, where its server hands out nothing that begins so."""
+    return Path(folder_paths.get_user_directory()) / "__allegro" / "prompts"
+
+
 def lora_choices() -> list[str]:
     """What the dropdown for LoRAs shows."""
     return list(_loras())

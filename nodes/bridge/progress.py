@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import comfy.model_management
 import comfy.utils
 import torch
+from server import PromptServer
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,13 @@ def tile_progress() -> Callable[[int, int], None]:
         bar.update_absolute(done, total)
 
     return report
+
+
+def say(node_id: str | None, text: str) -> None:
+    """Shows a line on a node in the browser; without a server or a node, nothing."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers import T5TokenizerFast
 
 from ...allegro_model.config import SAMPLING_88X720P
 from ...allegro_model.errors import CheckpointError, UnsupportedCheckpoint
-from ...allegro_model.loading import check_tensors, load_sampling_defaults, t5_config_from_shapes
+from ...allegro_model.loading import check_tensors, load_sampling_defaults, open_source, t5_config_from_shapes
 from ...allegro_model.loading.dimensions import t5_shapes
+from ...allegro_model.prompt_store import PromptStore, files_identity, prompt_key
 from ...allegro_model.text.unicode_repair import join_surrogates
 from .compat import SMALL_MODEL_PARAMETERS, make_clip, remember_loader, text_quantisation
 from .paths import snapshot_root
@@ -34,6 +36,10 @@ DEVICES = ("default", "cpu")
 PUBLISHED_VOCABULARY = 32128
 # Of ComfyUI's T5, fixed in its code.
 _BUCKETS = 32
+_PADDING = 0  # of every T5
+# What ComfyUI's CLIP has besides its tokenizer.
+_WITH_WEIGHTS = ("cond_stage_model", "patcher", "layer_idx", "use_clip_schedule", "apply_hooks_to_conds")
+_EMBEDS = "prompt_embeds"
 
 
 class MaskedT5(comfy.text_encoders.sd3_clip.T5XXLModel):
@@ -81,6 +87,12 @@ def tokenizer_class(folder: str, length: int, prompt_template: bool) -> type:
                 tokens = [*tokens[: length - 1], tokens[-1]]
             return [tokens]
 
+        def measure(self, text: str, **kwargs: Any) -> tuple[int, int, str]:
+            """What `count_tokens` gives."""
+            tokens = [token for token, *_ in super().tokenize_with_weights(text, **kwargs)[0] if token != _PADDING]
+            lost = tokens[length - 1 : -1]
+            return len(tokens) - len(lost), len(lost), self.tokenizer.decode(lost)
+
     class AllegroTokenizer(comfy.sd1_clip.SD1Tokenizer):
         def __init__(self, embedding_directory: Any = None, tokenizer_data: Mapping[str, Any] | None = None) -> None:
             super().__init__(embedding_directory=embedding_directory, tokenizer_data=dict(tokenizer_data or {}),
@@ -90,8 +102,34 @@ def tokenizer_class(folder: str, length: int, prompt_template: bool) -> type:
     return AllegroTokenizer
 
 
-def load_t5(path: str, device: str = "default", disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """Loads a T5 v1.1 encoder.
+class T5OnDemand(comfy.sd.CLIP):
+    """ComfyUI's CLIP whose weights are read when they are first asked for: prompts that are stored need none.
+
+    Args:
+        tokenizer: ready to use.
+        read: gives the CLIP with its weights.
+        identity: tells the weights, and where they are used, from others.
+    """
+
+    def __init__(self, tokenizer: Any, read: Callable[[], comfy.sd.CLIP], identity: Callable[[], str]) -> None:
+        # Not the constructor of ComfyUI, which builds the network.
+        self.tokenizer = tokenizer
+        self.tokenizer_options: dict[str, Any] = {}
+        self.identity = identity
+        self._read: Callable[[], comfy.sd.CLIP] | None = read
+
+    def __getattr__(self, name: str) -> Any:
+        """Only asked for what is not there. ComfyUI also looks for attributes that no CLIP has; they need no weights."""
+        read = self.__dict__.get("_read")
+        if read is None or name not in _WITH_WEIGHTS:
+            raise AttributeError(name)
+        own = dict(self.__dict__)
+        self.__dict__.update({**vars(read()), **own, "_read": None})
+        return getattr(self, name)
+
+
+def load_t5(path: str, device: str = "default", disable_dynamic: bool = False) -> T5OnDemand:
+    """Opens a T5 v1.1 encoder; its weights are read when a prompt is encoded.
 
     Args:
         path: a .safetensors file or a folder.
@@ -102,16 +140,24 @@ def load_t5(path: str, device: str = "default", disable_dynamic: bool = False) -
     Raises:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: with a sentence for the user.
     """
+    source = open_source(path, "t5-encoder")
+    config = t5_config_from_shapes(source.shapes, source.header.config)
+    _check(config, source.shapes, path)
+    return T5OnDemand(_tokenizer(config, path)(), partial(_read_t5, path, device, disable_dynamic),
+                      partial(_identity, source.header.files, device))
+
+
+def _identity(files: Iterable[Path], device: str) -> str:
+    return f"{files_identity(files)} {'cpu' if device == 'cpu' else comfy.model_management.text_encoder_device()}"
+
+
+def _read_t5(path: str, device: str, disable_dynamic: bool) -> comfy.sd.CLIP:
+    """The CLIP of `load_t5` with its weights."""
     opened = open_file(path, "t5-encoder")
     source, weights = opened.source, opened.weights
     config = t5_config_from_shapes(source.shapes, source.header.config)
-    _check(config, source.shapes, path)
     parameters = source.info.num_parameters
-    root = snapshot_root(path)
-    defaults = load_sampling_defaults(root) if root is not None and (root / "transformer").is_dir() else SAMPLING_88X720P
-    target = comfy.supported_models_base.ClipTarget(
-        tokenizer_class(_tokenizer_folder(config["vocab_size"], root), defaults.text_length, defaults.prompt_template),
-        encoder_class(_kept_dtype(weights, parameters)))
+    target = comfy.supported_models_base.ClipTarget(_tokenizer(config, path), encoder_class(_kept_dtype(weights, parameters)))
     options: dict[str, Any] = {"t5xxl_model_config": _comfy_config(config), **text_quantisation(weights)}
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -124,22 +170,74 @@ def load_t5(path: str, device: str = "default", disable_dynamic: bool = False) -
 
 def load_t5_patcher(path: str, device: str, disable_dynamic: bool = False) -> Any:
     """The model patcher of `load_t5`, for ComfyUI."""
-    return load_t5(path, device, disable_dynamic).patcher
+    return _read_t5(path, device, disable_dynamic).patcher
 
 
-def encode(clip: Any, text: str, *, weighting: bool) -> list[Any]:
-    """Encodes a text.
+def encode(clip: Any, text: str, *, weighting: bool, store: PromptStore | None = None) -> list[Any]:
+    """Encodes a text, or takes it from the store.
 
     Args:
         clip: CLIP, ours or that of another loader for T5 v1.1 XXL.
         text: what the encoder reads.
         weighting: read "(word:1.3)" as a weight; else parentheses are ordinary characters.
+        store: of encoded prompts; None for none. Only our own loader's CLIP, as it comes from it, says what it is.
     Returns:
         CONDITIONING.
     """
-    text = join_surrogates(text)  # a script can send what no tokenizer can read
-    tokens = clip.tokenize(text) if weighting else clip.tokenize(text, disable_weights=True)
-    return clip.encode_from_tokens_scheduled(tokens)
+    tokens = clip.tokenize(join_surrogates(text), **_options(weighting))  # a script can send what no tokenizer can read
+    key = _key(clip, tokens) if store is not None else None
+    if store is None or key is None:
+        return clip.encode_from_tokens_scheduled(tokens)
+    if (found := store.get(key)) is not None:
+        logger.info("Allegro: the prompt was encoded before and is taken from %s.", store.folder)
+        return _conditioning(found)
+    result = clip.encode_from_tokens_scheduled(tokens)
+    if (tensors := _tensors(result)) is not None:
+        store.put(key, tensors)
+    return result
+
+
+def count_tokens(clip: Any, text: str, *, weighting: bool) -> tuple[int, int, str] | None:
+    """What a text is to the encoder.
+
+    Args:
+        clip, text, weighting: as in `encode`.
+    Returns:
+        (tokens that are read, tokens that are cut off, the words these stand for); None for a CLIP with a tokenizer of
+        another kind.
+    """
+    pieces = getattr(clip.tokenizer, "t5xxl", None)
+    text = join_surrogates(text)
+    if hasattr(pieces, "measure"):
+        return pieces.measure(text, **_options(weighting))
+    if isinstance(pieces, comfy.sd1_clip.SDTokenizer):  # of another loader; ComfyUI's cuts nothing
+        tokens = pieces.tokenize_with_weights(text, **_options(weighting))
+        return sum(token != _PADDING for part in tokens for token, *_ in part), 0, ""
+    return None
+
+
+def _options(weighting: bool) -> dict[str, bool]:
+    return {} if weighting else {"disable_weights": True}
+
+
+def _key(clip: Any, tokens: Any) -> str | None:
+    """Of a prompt in the store: everything that its embeddings depend on. None for a CLIP that others have changed."""
+    if type(clip) is not T5OnDemand or clip.__dict__.get("layer_idx") is not None:
+        return None
+    return prompt_key(clip.identity(), tokens)
+
+
+def _tensors(conditioning: list[Any]) -> dict[str, Tensor] | None:
+    """A conditioning in the form of the store; None if it holds anything else than a prompt and its mask."""
+    if len(conditioning) != 1:
+        return None
+    embeds, rest = conditioning[0]
+    named = {name: value for name, value in rest.items() if value is not None}
+    return {_EMBEDS: embeds, **named} if all(isinstance(value, Tensor) for value in named.values()) else None
+
+
+def _conditioning(tensors: Mapping[str, Tensor]) -> list[Any]:
+    return [[tensors[_EMBEDS], {"pooled_output": None, **{name: t for name, t in tensors.items() if name != _EMBEDS}}]]
 
 
 def wants_template(clip: Any) -> bool:
@@ -166,6 +264,13 @@ def _kept_dtype(weights: Mapping[str, Tensor], parameters: int) -> torch.dtype:
     """The stored type; bfloat16, the reference's, for a large encoder in float32, which would take 19 GB."""
     stored = weights["encoder.final_layer_norm.weight"].dtype  # of a norm, since scaled files mix types
     return torch.bfloat16 if stored == torch.float32 and parameters >= SMALL_MODEL_PARAMETERS else stored
+
+
+def _tokenizer(config: Mapping[str, Any], path: str) -> type:
+    """The tokenizer of a text encoder, with the length that the model it lies in was made for."""
+    root = snapshot_root(path)
+    defaults = load_sampling_defaults(root) if root is not None and (root / "transformer").is_dir() else SAMPLING_88X720P
+    return tokenizer_class(_tokenizer_folder(config["vocab_size"], root), defaults.text_length, defaults.prompt_template)
 
 
 def _tokenizer_folder(vocabulary: int, root: Path | None) -> str:

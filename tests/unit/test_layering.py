@@ -13,7 +13,7 @@ PACKAGE = ROOT / "allegro_model"
 BASE = {"errors", "config"}
 SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
-PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining"}
+PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining", "prompt_store"}
 COMMANDS = PIPELINE | {"pipeline", "latents", "download"}
 ALLOWED = {
     "errors": set(),
@@ -33,6 +33,7 @@ ALLOWED = {
     "loading": STAGES,
     "media": SHARED,
     "memory": BASE,
+    "prompt_store": BASE | {"media"},
     "pipeline": PIPELINE,
     "latents": PIPELINE | {"pipeline"},
     "download": BASE | {"loading", "media"},
