@@ -48,6 +48,30 @@ class DownloadError(AllegroError):
     """A file cannot be fetched, or is not what was announced."""
 
 
+class ServerError(AllegroError):
+    """A ComfyUI server gave an answer that cannot be worked with."""
+
+
+class ServerUnreachable(ServerError):
+    """A ComfyUI server cannot be reached, or fails to answer: it may be starting, or the network may be down."""
+
+
+class RunFailed(ServerError):
+    """A graph was run by a server, and the run failed."""
+
+
+class RunInterrupted(RunFailed):
+    """Somebody stopped the run at the server."""
+
+
+class RunLost(ServerError):
+    """The server no longer knows the run: it was restarted, or its queue was cleared."""
+
+
+class PromptRefused(AllegroError):
+    """A server checked a graph and will not run it."""
+
+
 class NotEnoughMemory(AllegroError):
     """The estimate for a stage exceeds the memory that is free."""
 

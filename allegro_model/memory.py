@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _MEMINFO = Path("/proc/meminfo")
 # (limit, usage, statistics, name of the reclaimable cache in them) of a container: control groups 2, then 1.
@@ -20,6 +22,7 @@ _CONTAINER = (
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that could be allocated on `device` now."""
     if device.type == "cuda":
+        import torch
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     return _host("available") if device.type == "cpu" else None
@@ -29,14 +32,15 @@ def total_bytes(device: torch.device) -> int | None:
     """Bytes `device` has in all. Choices that change rounding rest on this, so that they never change
     between two runs."""
     if device.type == "cuda":
+        import torch
         return int(torch.cuda.mem_get_info(device)[1])
     return _host("total") if device.type == "cpu" else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; outside CUDA, PyTorch says so with a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "out of memory" in str(error)))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)))
 
 
 def _host(what: str) -> int | None:

@@ -5,33 +5,33 @@ Commands only check their input, call the pipeline, and tell the user what happe
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
+import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from types import FrameType
 
 from ..errors import AllegroError
 from ..memory import is_out_of_memory
+from .base import Job
 from .console import Console
-from .convert import decode, encode
-from .convert_vfi import convert_vfi
-from .download import download
-from .generate import generate
-from .inspect import inspect
-from .interpolate import interpolate
-from .job import Job
-from .parser import parse_arguments
+from .options import prepare, start_parser
 from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code
+from .submit_options import add_submit
 
 __all__ = ["main"]
 
 _PACKAGE = __name__.split(".")[0]
-_COMMANDS: dict[str, Callable[[Job], None]] = {
-    "generate": generate, "decode": decode, "encode": encode, "interpolate": interpolate,
-    "convert-vfi": convert_vfi, "download": download, "inspect": inspect,
+# Command -> the module that has a function of its name. Imported when needed: `submit` works without PyTorch.
+_COMMANDS = {
+    "generate": "generate", "decode": "convert", "encode": "convert", "interpolate": "interpolate",
+    "convert-vfi": "convert_vfi", "download": "download", "submit": "submit", "inspect": "inspect",
 }
 
 
@@ -43,19 +43,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code; see `allegro --help`.
     """
-    args = parse_arguments(argv)
+    args = _parse(list(sys.argv[1:] if argv is None else argv))
     console = Console(quiet=args.quiet)
     job = Job(args, console, Report(args.command))
     error: BaseException | None = None
     with _own_logging(console, verbose=args.verbose), _terminate_like_ctrl_c():
         try:
-            _COMMANDS[args.command](job)
+            module = import_module(f".{_COMMANDS[args.command]}", __name__)
+            getattr(module, args.command.replace("-", "_"))(job)
         # The last line of defence: whatever went wrong becomes a message and an exit code.
         except BaseException as caught:
             if isinstance(caught, SystemExit | GeneratorExit):
                 raise
             error = caught
         return _finish(job, error)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The options; exits with a message when they cannot be understood."""
+    if words[:1] == ["submit"]:
+        parser, commands = start_parser("")
+        add_submit(commands)
+        return parser.parse_args(prepare(words))
+    if find_spec("torch") is None:
+        raise SystemExit("PyTorch is missing. It is needed for all commands but `submit`; see https://pytorch.org.")
+    from .parser import parse_arguments
+    return parse_arguments(words)
 
 
 def _finish(job: Job, error: BaseException | None) -> int:

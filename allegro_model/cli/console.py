@@ -156,6 +156,60 @@ class Progress:
         self.console.stream.flush()
 
 
+class StatusLine:
+    """A line that says what is going on: drawn anew on a terminal; elsewhere a line every ten seconds. Not for several
+    threads at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.text = ""
+        self.shown = -_LINE_SECONDS
+
+    def __enter__(self) -> StatusLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.show("")
+
+    def show(self, text: str) -> None:
+        """What is going on now; empty for nothing."""
+        now = time.monotonic()
+        changed, self.text = text != self.text, text
+        if self.console.live:
+            # What has come to an end disappears at once; a terminal needs no more than ten pictures a second.
+            if changed and (not text or now - self.shown >= _REDRAW_SECONDS):
+                self.shown = now
+                self._draw()
+        elif text and now - self.shown >= _LINE_SECONDS:
+            self.shown = now
+            self.console.say(text)
+
+    def say(self, text: str) -> None:
+        """A remark that stays."""
+        with self.hidden():
+            self.console.say(text)
+
+    def error(self, text: str) -> None:
+        """A remark that is shown even when quiet."""
+        with self.hidden():
+            self.console.error(text)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Makes room for other lines."""
+        if self.console.live:
+            self.console.stream.write("\r\x1b[K")
+            self.console.stream.flush()
+        yield
+        if self.console.live:
+            self._draw()
+
+    def _draw(self) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        self.console.stream.write("\r\x1b[K" + self.text[:width])
+        self.console.stream.flush()
+
+
 def _write(stream: TextIO, text: str) -> None:
     """Writes what the stream can show: a prompt may hold characters its encoding lacks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"

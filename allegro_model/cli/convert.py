@@ -14,14 +14,13 @@ from ..latents import pack_latents
 from ..media import probe_clip, read_frames
 from ..memory import free_bytes
 from ..pipeline import check_finite
+from .base import Job, check_report_output
 from .job import (
-    Job,
     base_metadata,
     check_clip,
     check_clip_space,
     check_latents_output,
     check_model_of,
-    check_report_output,
     choose_fps,
     describe_model,
     load_latents,

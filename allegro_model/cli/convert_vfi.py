@@ -7,7 +7,8 @@ from safetensors.torch import save
 from ..errors import OutputError
 from ..loading import interpolator_metadata, read_pickled_interpolator
 from ..media import check_output
-from .job import Job, check_report_output, write_bytes
+from .base import Job, check_report_output
+from .job import write_bytes
 
 SUFFIX = ".safetensors"
 

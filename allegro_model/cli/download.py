@@ -21,7 +21,7 @@ from ..download import (
 from ..download.transfer import Progress
 from ..errors import DownloadError, MissingDependency
 from ..loading.released import INTERPOLATOR_SOURCE, released_files
-from .job import Job, check_report_output
+from .base import Job, check_report_output
 from .report import UsageError
 
 _MIB = 2**20

@@ -13,11 +13,11 @@ from ..media import check_fps
 from ..pipeline import AllegroPipeline, PromptEmbeds, SampleState
 from ..sampling import StepInfo
 from ..vfi import FrameTimes
+from .base import Job
 from .console import size
 from .given import Given, given_frames, join_latents, joiner, joins_video, kept_latents
 from .interpolate import Smoothing, open_smoothing
 from .job import (
-    Job,
     check_clip_space,
     keep_latents,
     lora_options,

@@ -20,7 +20,8 @@ from ..memory import free_bytes
 from ..pipeline import AllegroPipeline, SampleSettings
 from ..vae import normalise
 from ..vae.tiling import Progress
-from .job import LATENTS_SUFFIX, Job, Through, check_model_of, load_latents
+from .base import Job
+from .job import LATENTS_SUFFIX, Through, check_model_of, load_latents
 from .report import UsageError
 
 DEFAULT_KEEP = 8  # two latent frames: enough to show how everything moves; at most half of a short clip

@@ -12,8 +12,9 @@ from ..errors import AllegroError
 from ..geometry import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ..loading import Header, bundled_loras, bundled_model, describe, read_header
 from ..media import probe_clip, read_metadata
+from .base import Job, check_report_output
 from .console import size
-from .job import LATENTS_SUFFIX, Job, check_report_output
+from .job import LATENTS_SUFFIX
 
 _CLIP_SUFFIXES = (".mp4", ".webm", ".gif", ".png", ".mkv", ".mov", ".avi", ".m4v")
 # Tensor that marks a file of latents -> what the file is.

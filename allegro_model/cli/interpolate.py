@@ -34,7 +34,8 @@ from ..vfi import (
     interpolate_stream,
     pairs_per_batch,
 )
-from .job import Job, base_metadata, check_clip, check_device, check_report_output
+from .base import Job, check_report_output
+from .job import base_metadata, check_clip, check_device
 from .report import UsageError
 
 BUNDLED = "tiny-vfi"

@@ -10,7 +10,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..atomic import writing
 from ..config import fingerprint
 from ..errors import AllegroError, CheckpointError, GeometryError, OutputError
 from ..latents import read_latents
@@ -33,45 +33,17 @@ from ..media import (
     open_writer,
     parse_quality,
 )
-from ..media.atomic import writing
 from ..pipeline import AllegroPipeline, check_finite
 from ..vae import Tiling
-from .console import Console
+from .base import Job
 from .parser import BUNDLED
-from .report import Report, UsageError
+from .report import UsageError
 
 LATENTS_SUFFIX = ".safetensors"
 # For each pixel: an unfinished run holds two tensors of 4 channels, float32, for every 4 x 8 x 8 pixels.
 _LATENT_BYTES = 2 * 4 * 4 / 256
 
 Through = Callable[[Iterable[Tensor]], Iterable[Tensor]]
-
-
-@dataclass
-class Job:
-    """One run of the command line.
-
-    Attributes:
-        args: the parsed arguments.
-        console: speaks to the user.
-        report: what --json writes.
-        remarks: lines to show after an error, e.g. where the latents were kept.
-    """
-
-    args: argparse.Namespace
-    console: Console
-    report: Report
-    remarks: list[str] = field(default_factory=list)
-
-    @property
-    def force(self) -> bool:
-        """Whether existing files may be replaced."""
-        return bool(getattr(self.args, "force", False))
-
-    def say_result(self, text: str) -> None:
-        """The result on standard output, unless the report goes there."""
-        if self.args.json != "-" and not self.args.quiet:
-            self.console.result(text)
 
 
 # Before the work
@@ -91,12 +63,6 @@ def load_latents(path: str) -> tuple[Tensor, dict[str, Any]]:
                             "[1, 4, frames, height, width]. Save each video of a batch in its own file.")
     check_finite(latents, path)
     return latents, saved
-
-
-def check_report_output(job: Job) -> None:
-    """Raises when the --json file could not be written at the end."""
-    if job.args.json not in (None, "-"):
-        check_output(job.args.json, force=job.force)
 
 
 def check_latents_output(job: Job, path: str) -> Path:

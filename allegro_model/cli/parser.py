@@ -6,9 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from .. import __version__
 from ..attention import ATTENTIONS
 from ..conditioning import FITS
 from ..loading import bundled_models
@@ -17,7 +15,8 @@ from ..media import FORMATS, QUALITIES
 from ..pipeline import DTYPES
 from ..sampling import CACHE_LEVELS, SAMPLERS
 from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
-from .report import EXIT_USAGE, exit_code_table
+from .options import Parser, add_command, add_report, prepare, start_parser
+from .submit_options import add_submit
 
 BUNDLED = "tiny"  # the default model
 
@@ -32,10 +31,6 @@ examples:
   allegro inspect clip.mp4
 
 Each command explains itself: allegro generate --help
-"""
-_EXIT_CODES = f"""\
-exit codes:
-{exit_code_table()}
 """
 _GENERATE = """\
 Make a video from a prompt. The file appears when it is complete; an existing one is never overwritten
@@ -127,28 +122,19 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors point to the help of the right sub-command, and exit with the documented code."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}\nTry: {self.prog} --help\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line of `allegro`."""
-    parser = _Parser(prog="allegro", description=_MAIN, epilog=_EXIT_CODES, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"allegro {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser, commands = start_parser(_MAIN)
     _add_generate(commands)
     _add_decode(commands)
     _add_encode(commands)
     _add_interpolate(commands)
     _add_convert_vfi(commands)
     _add_download(commands)
-    inspect = _command(commands, "inspect", "say what a file is", _INSPECT)
+    add_submit(commands)
+    inspect = add_command(commands, "inspect", "say what a file is", _INSPECT)
     inspect.add_argument("path", metavar="PATH", help="a file, a model folder, or a bundled model")
-    _add_report(inspect)
+    add_report(inspect)
     return parser
 
 
@@ -158,40 +144,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Args:
         argv: arguments without the program's name; default those of the process.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    prepared: list[str] = []
-    for index, (word, following) in enumerate(zip(words, [*words[1:], ""], strict=True)):
-        if word == "--":
-            prepared += words[index:]
-            break
-        if prepared and prepared[-1] == "--keyframe" and re.match(r"-\d", word):
-            # argparse alone would take -1=last.png, a position that counts from the end, for an option.
-            prepared[-1] += f"={word}"
-        elif word == "--json" and not _is_report(following):
-            # The file is optional: argparse alone would take any word that follows, such as the prompt.
-            prepared.append("--json=-")
-        else:
-            prepared.append(word)
-    return build_parser().parse_args(prepared)
+    return build_parser().parse_args(prepare(sys.argv[1:] if argv is None else argv))
 
 
-def _is_report(word: str) -> bool:
-    return word == "-" or word.lower().endswith(".json")
-
-
-def _report_file(text: str) -> str:
-    if not _is_report(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a name that ends in .json, or - for standard output")
-    return text
-
-
-def _command(commands: argparse._SubParsersAction[_Parser], name: str, summary: str, text: str) -> _Parser:
-    return commands.add_parser(name, help=summary, description=text, epilog=_EXIT_CODES, allow_abbrev=False,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _command(commands, "generate", "make a video from a prompt", _GENERATE)
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(commands, "generate", "make a video from a prompt", _GENERATE)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
     _add_clip(parser)
     group = parser.add_argument_group("what to draw")
@@ -235,10 +192,10 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
                        help="the model for it (.safetensors); default tiny-vfi, the bundled small one")
     _add_model(parser, generate=True)
     _add_tiles(parser)
-    _add_report(parser)
+    add_report(parser)
 
 
-def _add_given(parser: _Parser) -> None:
+def _add_given(parser: Parser) -> None:
     group = parser.add_argument_group("given frames, for image-to-video models")
     group.add_argument("--first-frame", metavar="FILE", help="the picture the video begins with")
     group.add_argument("--last-frame", metavar="FILE", help="the picture it ends with")
@@ -256,17 +213,17 @@ def _add_given(parser: _Parser) -> None:
                                                    "on a grey ground, or distorted")
 
 
-def _add_decode(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _command(commands, "decode", "turn latents into a video", _DECODE)
+def _add_decode(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(commands, "decode", "turn latents into a video", _DECODE)
     parser.add_argument("latents", metavar="LATENTS", help="a .safetensors file of latents")
     _add_clip(parser)
     _add_model(parser)
     _add_tiles(parser)
-    _add_report(parser)
+    add_report(parser)
 
 
-def _add_encode(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _command(commands, "encode", "turn a video into latents", _ENCODE)
+def _add_encode(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(commands, "encode", "turn a video into latents", _ENCODE)
     parser.add_argument("clip", metavar="CLIP", help="a video file")
     parser.add_argument("-o", "--output", metavar="FILE", required=True,
                         help="latents to write (.safetensors)")
@@ -278,11 +235,11 @@ def _add_encode(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--fps", type=float, metavar="X", help="frames per second")
     _add_model(parser)
     _add_tiles(parser)
-    _add_report(parser)
+    add_report(parser)
 
 
-def _add_interpolate(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _command(commands, "interpolate", "make the motion of a video smoother", _INTERPOLATE)
+def _add_interpolate(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(commands, "interpolate", "make the motion of a video smoother", _INTERPOLATE)
     parser.add_argument("clip", metavar="CLIP", help="a video file")
     _add_clip(parser, fps="in place of --factor: frames per second, e.g. 24, 30 or 60")
     group = parser.add_argument_group("what to make")
@@ -301,21 +258,21 @@ def _add_interpolate(commands: argparse._SubParsersAction[_Parser]) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default auto)")
     group.add_argument("--dtype", default="auto", choices=list(DTYPES),
                        help="type to compute in (default auto: the fastest that does not show)")
-    _add_report(parser)
+    add_report(parser)
 
 
-def _add_convert_vfi(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _command(commands, "convert-vfi", "make safetensors of an EMA-VFI checkpoint", _CONVERT_VFI)
+def _add_convert_vfi(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(commands, "convert-vfi", "make safetensors of an EMA-VFI checkpoint", _CONVERT_VFI)
     parser.add_argument("checkpoint", metavar="IN.pkl", help="the published file")
     parser.add_argument("output", metavar="OUT.safetensors", help="the file to write")
     parser.add_argument("--arbitrary-time", action=argparse.BooleanOptionalAction, default=None,
                         help="trained for every position between two frames; default: if the name ends in _t")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    _add_report(parser)
+    add_report(parser)
 
 
-def _add_download(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _command(commands, "download", "fetch the released weights", _DOWNLOAD)
+def _add_download(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(commands, "download", "fetch the released weights", _DOWNLOAD)
     parser.add_argument("model", nargs="?", default="t2v", choices=[*MODELS, "vfi"], metavar="MODEL",
                         help=f"{', '.join(MODELS)} or vfi (default t2v)")
     place = parser.add_mutually_exclusive_group()
@@ -327,10 +284,10 @@ def _add_download(commands: argparse._SubParsersAction[_Parser]) -> None:
                         help="fp16 (9.8 GB, default), or fp8: half of that and slightly less precise")
     parser.add_argument("--dry-run", action="store_true", help="only list files, sizes and places")
     parser.add_argument("--force", action="store_true", help="replace existing files that cannot be used")
-    _add_report(parser)
+    add_report(parser)
 
 
-def _add_clip(parser: _Parser, *, fps: str = "frames per second") -> None:
+def _add_clip(parser: Parser, *, fps: str = "frames per second") -> None:
     group = parser.add_argument_group("the file to write")
     group.add_argument("-o", "--output", metavar="FILE",
                        help=f"the video; {', '.join(FORMATS)} (numbered pictures)")
@@ -340,7 +297,7 @@ def _add_clip(parser: _Parser, *, fps: str = "frames per second") -> None:
     group.add_argument("--force", action="store_true", help="replace existing files")
 
 
-def _add_model(parser: _Parser, *, generate: bool = False) -> None:
+def _add_model(parser: Parser, *, generate: bool = False) -> None:
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", metavar="DIR|tiny",
                        help=f"a model folder, or a bundled model: {', '.join(bundled_models())} (default {BUNDLED})")
@@ -357,7 +314,7 @@ def _add_model(parser: _Parser, *, generate: bool = False) -> None:
                                 "first step); sage is approximate; one that cannot be used here is replaced by sdpa")
 
 
-def _add_tiles(parser: _Parser) -> None:
+def _add_tiles(parser: Parser) -> None:
     group = parser.add_argument_group("tiles of the VAE: smaller needs less memory and may show seams")
     group.add_argument("--tile", type=_triple, metavar="FxHxW",
                        help="frames x height x width (released models: 24x320x320)")
@@ -390,14 +347,3 @@ def _triple(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected frames x height x width, such as 24x320x320")
     frames, height, width = map(int, found.groups())
     return frames, height, width
-
-
-def _add_report(parser: _Parser) -> None:
-    group = parser.add_argument_group("what to say")
-    group.add_argument("--json", nargs="?", const="-", type=_report_file, metavar="FILE.json",
-                       help="a report of times, peak memory, versions and settings; without a name that ends in "
-                            ".json on standard output")
-    volume = group.add_mutually_exclusive_group()
-    volume.add_argument("--quiet", action="store_true", help="nothing but errors")
-    volume.add_argument("--verbose", action="store_true",
-                        help="also log messages, and the traceback of an error")

@@ -18,10 +18,10 @@ from ..media import probe_clip, probe_contents, read_frames
 from ..pipeline import AllegroPipeline, SampleSettings, SampleState, check_finite
 from ..text import format_negative, format_prompt
 from . import given as giving
+from .base import Job, check_report_output
 from .given import Given, GivenClip
 from .job import (
     LATENTS_SUFFIX,
-    Job,
     base_metadata,
     check_clip,
     check_clip_space,
@@ -29,7 +29,6 @@ from .job import (
     check_latents_space,
     check_loras_of,
     check_model_of,
-    check_report_output,
     choose_fps,
     describe_loras,
     describe_model,

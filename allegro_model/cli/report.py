@@ -12,11 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..atomic import atomic_file, writing
 from ..errors import (
     AllegroError,
     Cancelled,
@@ -26,10 +25,12 @@ from ..errors import (
     NonFiniteError,
     NotEnoughMemory,
     OutputError,
+    ServerError,
 )
-from ..media import atomic_file
-from ..media.atomic import writing
 from ..memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UsageError(AllegroError):
@@ -48,6 +49,7 @@ EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
     (7, "an optional package is missing", (MissingDependency,)),
     (8, "NaN or Inf appeared in the latents or frames", (NonFiniteError,)),
     (9, "a download failed: no network, refused, or not what was announced", (DownloadError,)),
+    (10, "a ComfyUI server cannot be reached, or a run failed there", (ServerError,)),
     (EXIT_CANCELLED, "cancelled with Ctrl-C", (Cancelled, KeyboardInterrupt)),
     (EXIT_INPUT, "an illegal size, setting, prompt or input file", (AllegroError,)),
 ]
@@ -68,8 +70,9 @@ def exit_code_table() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of everything that can change a result."""
+    torch: Any = sys.modules.get("torch")  # what does not need it is run without it
     found: dict[str, str | None] = {"allegro-video": __version__, "python": platform.python_version(),
-                                    "torch": torch.__version__, "cuda": torch.version.cuda}
+                                    "torch": torch and torch.__version__, "cuda": torch and torch.version.cuda}
     for package in ("transformers", "safetensors", "imageio-ffmpeg"):
         found[package] = None
         with suppress(metadata.PackageNotFoundError):
@@ -80,8 +83,9 @@ def versions() -> dict[str, str | None]:
 # Memory
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
+def _reset_peak(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        import torch
         torch.cuda.reset_peak_memory_stats(device)
     # Linux counts the peak of this process from here on; elsewhere, it stays the peak since its start.
     with suppress(OSError):
@@ -102,6 +106,13 @@ def _peak_ram() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _peak_gpu(device: torch.device | None) -> int | None:
+    if device is None or device.type != "cuda":
+        return None
+    import torch
+    return int(torch.cuda.max_memory_allocated(device))
+
+
 @dataclass
 class Report:
     """Collects what --json writes.
@@ -120,15 +131,20 @@ class Report:
     started: float = field(default_factory=time.monotonic)
 
     @contextmanager
-    def measure(self, name: str, device: torch.device) -> Iterator[None]:
-        """Times the block and takes its peak memory, also when it fails."""
+    def measure(self, name: str, device: torch.device | None = None) -> Iterator[None]:
+        """Times the block and takes its peak memory, also when it fails.
+
+        Args:
+            name: of the stage.
+            device: where it computes; None when it does not.
+        """
         self.stage = name
         _reset_peak(device)
         start = time.monotonic()
         try:
             yield
         finally:
-            gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+            gpu = _peak_gpu(device)
             self.stages.append({"name": name, "seconds": round(time.monotonic() - start, 3),
                                 "peak_ram_bytes": _peak_ram(), "peak_gpu_bytes": gpu})
 

@@ -11,8 +11,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from ..atomic import atomic_file, publish, write_error, writing
 from ..errors import DownloadError, OutputError
-from ..media.atomic import atomic_file, publish, write_error, writing
 from .hub import RemoteFile, import_hub, patiently, read_on
 from .plan import Item, part_prefix
 from .targets import problem_of

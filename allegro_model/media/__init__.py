@@ -4,7 +4,7 @@ This is the only part of the package that starts another program (ffmpeg, from i
 its own writers, so the nodes never import it.
 """
 
-from .atomic import atomic_file, check_free_space, check_output
+from ..atomic import atomic_file, check_free_space, check_output
 from .ffmpeg import check_fps
 from .metadata import read_metadata
 from .readers import (

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
+from ..atomic import write_error
 from ..errors import AllegroError, MissingDependency, OutputError
-from .atomic import write_error
 
 # Phrases ffmpeg prints for a refused write, and the error number that means the same.
 _REFUSALS = {

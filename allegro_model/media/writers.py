@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import atomic_file, check_output, exists_error, publish, temporary_name, writing
 from ..errors import AllegroError, NonFiniteError, OutputError
-from .atomic import atomic_file, check_output, exists_error, publish, temporary_name, writing
 from .ffmpeg import check_encoder, check_fps, encode_error, log_text, source, start, stop
 from .metadata import PNG_SIGNATURE, append_gif_comment, ffmetadata, foreign_tags, png_chunk, png_comment
 from .readers import probe_contents

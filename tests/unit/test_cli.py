@@ -931,8 +931,9 @@ def test_documented_examples_parse() -> None:
     import shlex
 
     from allegro_model.cli import parser as module
-    lines = [line.strip() for text in vars(module).values() if isinstance(text, str) for line in text.splitlines()
-             if line.startswith("  allegro ")]
+    from allegro_model.cli import submit_options
+    lines = [line.strip() for text in (*vars(module).values(), *vars(submit_options).values()) if isinstance(text, str)
+             for line in text.splitlines() if line.startswith("  allegro ")]
     assert len(lines) >= 13
     for line in lines:
         module.parse_arguments(shlex.split(line)[1:])

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "allegro_model"
 
-BASE = {"errors", "config"}
+BASE = {"errors", "config", "atomic"}
 SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
 PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining", "prompt_store"}
-COMMANDS = PIPELINE | {"pipeline", "latents", "download"}
+COMMANDS = PIPELINE | {"pipeline", "latents", "download", "client"}
 ALLOWED = {
     "errors": set(),
+    "atomic": {"errors"},
     "config": {"errors"},
     "attention": BASE,
     "ops": BASE,
@@ -37,6 +38,7 @@ ALLOWED = {
     "pipeline": PIPELINE,
     "latents": PIPELINE | {"pipeline"},
     "download": BASE | {"loading", "media"},
+    "client": BASE,
     "cli": COMMANDS,
     "training": COMMANDS,
     "__init__": COMMANDS,

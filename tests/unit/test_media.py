@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from allegro_model import media
+from allegro_model.atomic import atomic_file, check_output
 from allegro_model.errors import AllegroError, MissingDependency, NonFiniteError, OutputError
 from allegro_model.media import (
     check_clip_output,
@@ -28,7 +29,6 @@ from allegro_model.media import (
     stream_frames,
     to_uint8,
 )
-from allegro_model.media.atomic import atomic_file, check_output
 from allegro_model.media.ffmpeg import ffmpeg_exe
 
 pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed (extra: standalone)")

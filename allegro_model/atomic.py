@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import OutputError
+from .errors import OutputError
 
 # What an operating system says, and what the user should hear. Lower case: it follows "Cannot write X: ".
 _CAUSES = {
