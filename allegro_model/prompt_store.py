@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .atomic import atomic_file, writing
 from .errors import OutputError
-from .media.atomic import atomic_file, writing
 
 logger = logging.getLogger(__name__)
 

@@ -189,7 +189,7 @@ class Batch:
 
     def _reach(self) -> None:
         """Looks which servers are there; one is enough."""
-        errors = []
+        errors: list[ServerUnreachable] = []
         for lane in self._lanes if self._open else ():
             try:
                 lane.server.check()
@@ -198,8 +198,8 @@ class Batch:
                 lane.down_since = time.monotonic() - GRACE_SECONDS  # nothing is kept for it
         if errors and len(errors) == len(self._lanes):
             raise errors[0]
-        for error in errors:
-            self._watcher.remark(str(error))
+        for unreachable in errors:
+            self._watcher.remark(str(unreachable))
 
     def _check_patience(self) -> None:
         downs = [lane.down_since for lane in self._lanes]
