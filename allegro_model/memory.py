@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +43,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; outside CUDA, PyTorch says so with a plain RuntimeError."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
         type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)))
+
+
+def reset_peak(device: torch.device) -> None:
+    """Counts peaks from here on; outside Linux, that of main memory stays the peak since the start of the process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_ram() -> int | None:
+    """Highest resident memory of this process, bytes."""
+    if (peak := _entry(Path("/proc/self/status"), "VmHWM:")) is not None:
+        return peak * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _host(what: str) -> int | None:

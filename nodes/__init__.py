@@ -21,6 +21,7 @@ FEATURES = {
     "cache": ("AllegroCache",),
     "vae": ("VideoVAEEncode", "VideoVAEDecode"),
     "vfi": ("LoadAllegroFrameInterpolator", "FrameInterpolate"),
+    "report": ("AllegroReport",),
     "download": ("AllegroDownload",),
 }
 

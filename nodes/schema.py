@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, io, ui
 
 from ..allegro_model.geometry import MAX_FRAMES, MAX_PIXELS, PIXEL_MULTIPLE, TEMPORAL_FACTOR
 from .bridge.latents import MAX_BATCH
 
-__all__ = ["MAX_TILE", "MAX_TILE_FRAMES", "ComfyExtension", "clip_inputs", "fraction", "io", "schema", "seed",
-           "tile_inputs"]
+__all__ = ["MAX_TILE", "MAX_TILE_FRAMES", "ComfyExtension", "clip_inputs", "fraction", "io", "preview_image", "schema",
+           "seed", "tile_inputs"]
 
 CATEGORY = "Allegro"
 MAX_TILE = 2048  # pixels
@@ -29,6 +29,11 @@ def schema(*, node_id: str, category: str, **fields: Any) -> io.Schema:
     known = inspect.signature(io.Schema).parameters
     return io.Schema(node_id=node_id, category=f"{CATEGORY}/{category}",
                      **{name: value for name, value in fields.items() if name in known})
+
+
+def preview_image(images: Any, node: type[io.ComfyNode]) -> dict[str, Any]:
+    """What shows images [B, H, W, 3] on a node in the browser."""
+    return ui.PreviewImage(images, cls=node).as_dict()
 
 
 def seed(tooltip: str) -> io.Int.Input:

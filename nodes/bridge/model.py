@@ -38,7 +38,7 @@ from .compat import (
 from .conditioning import concat_condition, has_given_frames, in_training_order
 from .paths import snapshot_root
 from .progress import check_cancelled
-from .sampling import SAMPLING_SETTINGS, AllegroSampling
+from .sampling import SAMPLING_SETTINGS, AllegroSampling, timed
 from .weights import open_file
 
 logger = logging.getLogger(__name__)
@@ -179,14 +179,15 @@ class AllegroLatentFormat(comfy.latent_formats.LatentFormat):
     latent_dimensions = 3
     spacial_downscale_ratio = 8
     temporal_downscale_ratio = 4
-    # Brightness from the mean of the channels: enough to watch a clip form. For the released VAE nobody has published
-    # fitted colours, and fitting takes its weights (allegro_model.training.preview); a config.json can bring them.
-    latent_rgb_factors = [[0.18, 0.18, 0.18]] * 4
-    latent_rgb_factors_bias = [0.0, 0.0, 0.0]  # noqa: RUF012
 
     def __init__(self, vae: VAEConfig = VAE_720P) -> None:
         super().__init__()
         self.scale_factor = vae.scale_factor
+        # The released VAE was trained from one of the SDXL family (arXiv 2410.15458), whose colours are the nearest that
+        # are published; fitting its own takes its weights (allegro_model.training.preview), and a config.json brings them.
+        family = comfy.latent_formats.SDXL()
+        self.latent_rgb_factors = family.latent_rgb_factors
+        self.latent_rgb_factors_bias = family.latent_rgb_factors_bias
         if vae.latent_rgb_factors:
             self.latent_rgb_factors = [list(row) for row in vae.latent_rgb_factors]
             self.latent_rgb_factors_bias = list(vae.latent_rgb_factors_bias)
@@ -307,6 +308,7 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
         settle_dtypes(patcher)
     model.diffusion_model.requires_grad_(False).eval()
     remember_loader(patcher, load_dit, (path, weight_dtype))
+    patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "allegro", timed)
     logger.info("Loaded %s: %s, weights %s%s", path, source.info.title, model.get_dtype(),
                 ", staged dynamically" if assign_option(model.load_model_weights, patcher).get("assign") else "")
     return patcher

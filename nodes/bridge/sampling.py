@@ -93,12 +93,11 @@ def run(model: Any, positive: list[Any], negative: list[Any], latent: Latent, se
         sampler = comfy.samplers.ksampler("euler_ancestral")
     if config is not None:
         _announce(model, config, shape, samples.shape[0], settings)
-    watch = _Watch(model, latent_preview.prepare_callback(model, settings.steps))
+    watch = _Watch(model, _moving_preview(model, latent_preview.prepare_callback(model, settings.steps)))
     disable = not comfy.utils.PROGRESS_BAR_ENABLED
-    with stage("sampling", model.load_device):
-        result = comfy.sample.sample_custom(
-            model, noise, settings.cfg, sampler, sigmas, positive, negative, samples,
-            noise_mask=latent.get("noise_mask"), callback=watch, disable_pbar=disable, seed=settings.seed)
+    result = comfy.sample.sample_custom(
+        model, noise, settings.cfg, sampler, sigmas, positive, negative, samples,
+        noise_mask=latent.get("noise_mask"), callback=watch, disable_pbar=disable, seed=settings.seed)
     kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio_")}
     return {**kept, "samples": result.to(intermediate_dtype())}
 
@@ -144,6 +143,25 @@ class _Watch:
             if seconds > _WORTH_SAYING:
                 logger.info("Allegro sampling: about %s left", _duration(seconds))
         self.preview(step, denoised, x, total)
+
+
+def _moving_preview(model: Any, preview: Callable[..., None]) -> Callable[..., None]:
+    """ComfyUI's previews by a matrix show the first frame of a clip at every step; this shows one after the other.
+    Other previewers, and those of packs that play all frames, get the whole clip."""
+    if type(latent_preview.get_previewer(model.load_device, model.model.latent_format)) is not latent_preview.Latent2RGBPreviewer:
+        return preview
+
+    def show(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        frame = step % denoised.shape[2]
+        preview(step, denoised[:, :, frame : frame + 1], x, total)
+
+    return show
+
+
+def timed(executor: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Round the sampling of a model, by whichever node: time and memory are logged and kept for AllegroReport."""
+    with stage("sampling", executor.class_obj.model_patcher.load_device):
+        return executor(*args, **kwargs)
 
 
 def attention_name() -> str:

@@ -26,7 +26,7 @@ from ...allegro_model.prompt_store import PromptStore, files_identity, prompt_ke
 from ...allegro_model.text.unicode_repair import join_surrogates
 from .compat import SMALL_MODEL_PARAMETERS, make_clip, remember_loader, text_quantisation
 from .paths import snapshot_root
-from .progress import cancel_before
+from .progress import cancel_before, stage
 from .weights import open_file
 
 logger = logging.getLogger(__name__)
@@ -186,13 +186,12 @@ def encode(clip: Any, text: str, *, weighting: bool, store: PromptStore | None =
     """
     tokens = clip.tokenize(join_surrogates(text), **_options(weighting))  # a script can send what no tokenizer can read
     key = _key(clip, tokens) if store is not None else None
-    if store is None or key is None:
-        return clip.encode_from_tokens_scheduled(tokens)
-    if (found := store.get(key)) is not None:
+    if store is not None and key is not None and (found := store.get(key)) is not None:
         logger.info("Allegro: the prompt was encoded before and is taken from %s.", store.folder)
         return _conditioning(found)
-    result = clip.encode_from_tokens_scheduled(tokens)
-    if (tensors := _tensors(result)) is not None:
+    with stage("text encoding", comfy.model_management.text_encoder_device()):
+        result = clip.encode_from_tokens_scheduled(tokens)
+    if store is not None and key is not None and (tensors := _tensors(result)) is not None:
         store.put(key, tensors)
     return result
 

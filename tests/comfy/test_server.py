@@ -235,11 +235,14 @@ def test_previews_and_progress_reach_the_browser(server: Server) -> None:
     socket = WebSocket(server.port, "listener")
     previews: list[tuple[dict[str, Any], Image.Image]] = []
     progress: dict[str, list[tuple[int, int]]] = {}  # node -> steps done, of how many
+    texts: list[str] = []
     try:
         socket.send({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
         prompt_id = server.submit(small(seed=8), client_id="listener")
         for message in socket.messages():
-            if isinstance(message, bytes):
+            if isinstance(message, bytes) and message[:4] == TEXT_KIND:
+                texts.append(message[9:].decode())  # behind the length of the node's number, and that of one digit
+            elif isinstance(message, bytes):
                 previews.append(preview_of(message))
             elif message["type"] == "progress":
                 about = message["data"]
@@ -254,9 +257,14 @@ def test_previews_and_progress_reach_the_browser(server: Server) -> None:
     assert progress[decode][-1][0] == progress[decode][-1][1] > 1
     assert [about["node_id"] for about, _ in previews] == [sampler] * 4
     assert all(about["prompt_id"] == prompt_id for about, _ in previews)
+    assert len(texts) == 2
+    assert all(re.fullmatch(r"\d+ tokens", text) for text in texts), texts
     for _, picture in previews:
         assert np.asarray(picture.convert("RGB")).std() > 1, "the preview is one colour"
         assert abs(picture.width / picture.height - 96 / 64) < 0.01
+
+
+TEXT_KIND = struct.pack(">I", 3)  # a line that is shown on a node
 
 
 def preview_of(message: bytes) -> tuple[dict[str, Any], Image.Image]:
