@@ -8,7 +8,9 @@ from typing import Any
 from comfy_api.latest import ComfyExtension, io, ui
 
 from ..allegro_model.geometry import MAX_FRAMES, MAX_PIXELS, PIXEL_MULTIPLE, TEMPORAL_FACTOR
+from ..allegro_model.loading.sizes import trained_sizes
 from .bridge.latents import MAX_BATCH
+from .bridge.paths import BUNDLED
 
 __all__ = ["MAX_TILE", "MAX_TILE_FRAMES", "ComfyExtension", "clip_inputs", "fraction", "io", "preview_image", "schema",
            "seed", "tile_inputs"]
@@ -46,23 +48,27 @@ def fraction(name: str, default: float, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=default, min=0.01, max=1.0, step=0.01, tooltip=tooltip)
 
 
-def clip_inputs(min_length: int = TEMPORAL_FACTOR) -> list[io.Int.Input]:
+def clip_inputs(min_length: int = TEMPORAL_FACTOR, *, image_to_video: bool = False) -> list[io.Int.Input]:
     """width, height, length and batch_size of the clip to be made.
 
     Args:
         min_length: frames.
+        image_to_video: whether the clip is one of the image-to-video models.
     """
     def size(name: str, default: int, tooltip: str) -> io.Int.Input:
         return io.Int.Input(name, default=default, min=PIXEL_MULTIPLE, max=MAX_PIXELS, step=PIXEL_MULTIPLE, tooltip=tooltip)
 
+    length = io.Int.Input("length", default=88, min=min_length, max=MAX_FRAMES, step=TEMPORAL_FACTOR, tooltip=(
+        "Frames, a multiple of 4; 15 are one second. Start with what the model was trained at: 88, about 6 seconds. Fewer is "
+        "faster and often poorer."))
+    # Part of the definition that the browser gets: web/js/sizes.js offers these sizes and estimates others.
+    length.extra_dict = {"allegro_sizes": {**trained_sizes(image_to_video=image_to_video), "bundled": list(BUNDLED)}}
     return [
         size("width", 1280, "Width in pixels, a multiple of 16. Start with the size the model was trained at: 1280. More takes "
                             "more time and memory."),
         size("height", 720, "Height in pixels, a multiple of 16. Start with the size the model was trained at: 720. More takes "
                             "more time and memory."),
-        io.Int.Input("length", default=88, min=min_length, max=MAX_FRAMES, step=TEMPORAL_FACTOR, tooltip=(
-            "Frames, a multiple of 4; 15 are one second. Start with what the model was trained at: 88, about 6 seconds. Fewer is "
-            "faster and often poorer.")),
+        length,
         io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, step=1, tooltip=(
             "Clips made at once. Each has its own seed, counted up from the sampler's, and comes out as if made alone. More "
             "takes more memory.")),

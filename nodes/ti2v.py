@@ -55,7 +55,7 @@ class AllegroImageToVideo(io.ComfyNode):
             search_aliases=["ti2v", "i2v", "first frame", "last frame", "start image", "end image", "loop"],
             inputs=[
                 *_prompt_inputs(),
-                *clip_inputs(MIN_LENGTH),
+                *clip_inputs(MIN_LENGTH, image_to_video=True),
                 io.Image.Input("start_image", optional=True, tooltip=(
                     "The first frame, any size. Of several pictures all are taken, as the first frames in their order.")),
                 io.Image.Input("end_image", optional=True, tooltip=(
@@ -104,7 +104,7 @@ class AllegroKeyframes(io.ComfyNode):
                 io.String.Input("positions", default="0, -1", tooltip=(
                     "The frame of each picture, separated by commas: 0 is the first, 1 the second; negative numbers count from "
                     "the end, -1 is the last. As many numbers as pictures.")),
-                *clip_inputs(MIN_LENGTH),
+                *clip_inputs(MIN_LENGTH, image_to_video=True),
                 io.Image.Input("images_2", optional=True, tooltip="More pictures, behind those of images; of any size."),
                 io.Image.Input("images_3", optional=True, tooltip="More pictures, behind those of images_2."),
                 io.Image.Input("images_4", optional=True, tooltip="More pictures, behind those of images_3."),
@@ -150,7 +150,7 @@ class AllegroContinueVideo(io.ComfyNode):
                 io.Combo.Input("direction", options=list(DIRECTIONS), default="append", tooltip=(
                     "append: the new clip begins with the last frames of the given one. prepend: it ends with its first "
                     "frames.")),
-                *clip_inputs(MIN_LENGTH),
+                *clip_inputs(MIN_LENGTH, image_to_video=True),
                 io.Latent.Input("samples", optional=True, tooltip=(
                     "The latents that the clip was decoded from. Those of the kept frames are carried over as they are, which "
                     "the sampler then does not change: less drift than through pixels.")),
