@@ -39,6 +39,7 @@ class FakeComfy:
     steps: int = 3
     step_seconds: float = 0.01
     mortal: bool = False
+    dead_seconds: float | None = None  # until it is started again after a prompt has killed it; None for ever
     runs: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
@@ -148,6 +149,8 @@ class FakeComfy:
             time.sleep(self.step_seconds)
         if "die" in text and self.mortal and self.runs.count(text) == 1:
             self.die()
+            if self.dead_seconds is not None:
+                threading.Timer(self.dead_seconds, self.start).start()
         while self.life == life and not self.interrupted.is_set() and (
                 "forever" in text or ("hold" in text and not self.release.is_set())):
             time.sleep(0.005)

@@ -127,6 +127,7 @@ class _Console(Watcher):
             if not self._job.args.wait:
                 self._line.say(f"{job.name}: submitted to {', '.join(job.runs)}")
                 return
+            self._counted.pop(job.server, None)
             self._now[job.server] = f"{job.name} at {job.server}"
             self._show()
 
@@ -136,16 +137,22 @@ class _Console(Watcher):
                 self._preview(event.preview)
                 return
             if event.ahead is not None:
-                text = f"waiting for {event.ahead} other run{'s' * (event.ahead != 1)}"
+                text = "waiting" + (f" for {event.ahead} other run{'s' * (event.ahead != 1)}" if event.ahead else "")
             else:
                 text = title_of(job.graph, event.node) + self._count(job.server, event)
             self._now[job.server] = f"{job.name}: {text}"
+            self._show()
+
+    def given_back(self, job: Run) -> None:
+        with self._lock:
+            self._now.pop(job.server, None)
             self._show()
 
     def ended(self, job: Run) -> None:
         with self._lock:
             self._ended += 1
             self._now.pop(job.server, None)
+            self._show()
             count = f" ({self._ended} of {self.total})" if self.total > 1 else ""
             if job.error is not None:
                 if self.total > 1:  # a single one is explained at the end
@@ -159,7 +166,6 @@ class _Console(Watcher):
             with self._line.hidden():
                 for path in job.files:
                     self._job.say_result(str(path))
-            self._show()
 
     def remark(self, text: str) -> None:
         with self._lock:

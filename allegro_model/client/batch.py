@@ -61,6 +61,9 @@ class Watcher:
     def event(self, job: Job, event: Event) -> None:
         """It makes progress."""
 
+    def given_back(self, job: Job) -> None:
+        """It waits for a server again: its own is gone, or it failed and is tried once more."""
+
     def ended(self, job: Job) -> None:
         """It is done, with `job.files`, or has failed for good, with `job.error`."""
 
@@ -239,6 +242,7 @@ class Batch:
                    for lane in self._lanes)
 
     def _give_back(self, lane: _Lane, job: Job, *, first: bool) -> None:
+        self._watcher.given_back(job)
         with self._changed:
             del self._running[lane.url]
             self._open.insert(0 if first else len(self._open), job)
@@ -326,7 +330,7 @@ class Batch:
         journal.failed(job.key, lane.url, str(error))
         again = isinstance(error, RunFailed | RunLost) and not isinstance(error, RunInterrupted)
         if again and job.submissions <= self._limits.retries:
-            self._watcher.remark(f"{job.name}: {error} It is tried again.")
+            self._watcher.remark(f"{job.name} is tried again: {error}")
             self._give_back(lane, job, first=False)
         else:
             self._close(lane, job)

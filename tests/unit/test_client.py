@@ -203,10 +203,9 @@ def test_two_servers_share_the_work(pair: tuple[FakeComfy, FakeComfy], tmp_path:
 def test_a_server_that_dies_loses_nothing(pair: tuple[FakeComfy, FakeComfy], tmp_path: Path) -> None:
     """Its job is done by the other; when it comes back it takes part again."""
     first, second = pair
-    first.mortal = True
+    first.mortal, first.dead_seconds = True, 1.2
     second.step_seconds = 0.1
     prompts = ["die", *(f"prompt {number}" for number in range(10))]
-    threading.Timer(1.5, first.start).start()
     found = run(jobs(*prompts), pair, tmp_path)
     assert contents(found) == [text(prompt) for prompt in prompts]
     assert second.runs.count("die") == 1
@@ -215,8 +214,7 @@ def test_a_server_that_dies_loses_nothing(pair: tuple[FakeComfy, FakeComfy], tmp
 
 
 def test_a_single_server_is_waited_for(comfy: FakeComfy, tmp_path: Path) -> None:
-    comfy.mortal = True
-    threading.Timer(1.0, comfy.start).start()
+    comfy.mortal, comfy.dead_seconds = True, 0.8
     found = run(jobs("die", "b"), [comfy], tmp_path)
     assert contents(found) == [text("die"), text("b")]
     assert comfy.runs == ["die", "die", "b"]
