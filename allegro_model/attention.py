@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ScheduleError
+from .errors import ScheduleError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -166,9 +166,9 @@ class Backend:
                 attend(x, x, x, 1)
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == self.package
-            return f"the package {self.package} is not installed" if missing else f"importing it fails: {_first_line(error)}"
+            return f"the package {self.package} is not installed" if missing else f"importing it fails: {first_line(error)}"
         except Exception as error:  # noqa: BLE001 (compilers of kernels raise types of their own)
-            return f"it fails here: {_first_line(error)}"
+            return f"it fails here: {first_line(error)}"
         return None
 
 
@@ -289,7 +289,7 @@ def _disagreement(attend: Attention, qkv: tuple[Tensor, Tensor, Tensor], heads: 
     try:
         error = float((attend(*qkv, heads) - expected).float().norm() / expected.float().norm())
     except Exception as failure:  # noqa: BLE001 (as in `Backend`; here memory can run out, too)
-        return _first_line(failure)
+        return first_line(failure)
     return None if error < _TOLERANCE else f"its result differs from torch's by {error:.2g} of it"  # NaN differs, too
 
 
@@ -298,10 +298,6 @@ def _wait(device: torch.device) -> None:
     backend: Any = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(backend, "synchronize"):
         backend.synchronize()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -82,3 +82,8 @@ class NonFiniteError(AllegroError):
 
 class Cancelled(AllegroError):
     """The caller asked to stop; everything finished so far is kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest of a long report and a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

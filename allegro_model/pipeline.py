@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionShape, Kernel, check_attention, choose_attention
+from .compiling import CompiledBlocks
 from .conditioning import GivenFrames, build_condition, sample_posterior
 from .config import DiTConfig, SamplingConfig, VAEConfig
 from .dit import AllegroDiT
@@ -185,6 +187,7 @@ class AllegroPipeline:
         self.tiling = tiling
         self.loras = tuple(loras)
         self.attention = attention
+        self.compiled: CompiledBlocks | None = None
         self._kernels: dict[tuple[Any, ...], Kernel] = {}  # by what they were chosen for
         self._dit: AllegroDiT | None = None
         self._vae: VideoVAE | None = None
@@ -193,7 +196,8 @@ class AllegroPipeline:
     def from_pretrained(cls, model: str | PathLike[str] = "tiny", *, device: str | torch.device = "auto",
                         dtype: str | torch.dtype = "auto", tiling: Tiling | None = None,
                         loras: Sequence[tuple[str | Path, float]] = (),
-                        transformer: str | PathLike[str] | None = None, attention: str = "auto") -> AllegroPipeline:
+                        transformer: str | PathLike[str] | None = None, attention: str = "auto",
+                        compile_blocks: bool = False) -> AllegroPipeline:
         """Opens a model; weights are read when they are first needed.
 
         Args:
@@ -206,6 +210,7 @@ class AllegroPipeline:
                 image-to-video model differs from Allegro in this part alone. Default settings follow it.
             attention: the kernel of the transformer, one of `allegro_model.attention.ATTENTIONS`; "auto" measures those
                 that are there and exact, once for each size of clip, and takes the fastest.
+            compile_blocks: run the blocks of the transformer through torch.compile, and without where that fails.
         Raises:
             ScheduleError: there is no such attention.
             UnsupportedCheckpoint: not a model folder.
@@ -215,8 +220,10 @@ class AllegroPipeline:
         part = None if transformer is None else Path(transformer)
         if part is not None:
             _check_text_width(root, part)
-        return cls(root, load_sampling_defaults(root, part), device=resolve_device(device),
-                   dtype=resolve_dtype(dtype), tiling=tiling, loras=loras, transformer=part, attention=attention)
+        pipeline = cls(root, load_sampling_defaults(root, part), device=resolve_device(device),
+                       dtype=resolve_dtype(dtype), tiling=tiling, loras=loras, transformer=part, attention=attention)
+        pipeline.compiled = CompiledBlocks() if compile_blocks else None
+        return pipeline
 
     # Networks: memory-mapped when something about them is asked, moved to the device when they run
 
@@ -513,9 +520,10 @@ class AllegroPipeline:
             if callback is not None:
                 callback(info)
 
-        x = SAMPLERS[s.sampler](
-            denoise, state.latents.to(self.device), sigmas, noise.draw, start=state.step, stop=stop,
-            previous=None if last is None else last.to(self.device), callback=after_step)
+        with nullcontext() if self.compiled is None else self.compiled.applied(dit.transformer_blocks):
+            x = SAMPLERS[s.sampler](
+                denoise, state.latents.to(self.device), sigmas, noise.draw, start=state.step, stop=stop,
+                previous=None if last is None else last.to(self.device), callback=after_step)
         step = s.num_steps if stop is None else min(stop, s.num_steps)
         skipped = "" if cache is None else cache.summary()
         if skipped:

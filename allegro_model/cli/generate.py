@@ -127,14 +127,14 @@ def _given_frames(job: Job, given: Given, pipeline: AllegroPipeline) -> GivenFra
 
 def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> SampleState:
     """Runs the steps; those of a run that is stopped, or fails, are kept."""
-    s, pipeline = plan.settings, plan.pipeline
+    s, pipeline, args = plan.settings, plan.pipeline, job.args
     kernel = pipeline.kernel(s)
     job.report.facts["attention"] = {"name": kernel.name, "seconds": kernel.seconds}
     job.console.say(
         f"{' + '.join([transformer_name(job) or model_name(job), *_loras(plan)])}: {s.num_frames} frames of "
         f"{s.width}x{s.height}, {s.num_steps} steps of {s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
         f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel.describe()}, "
-        f"{_cache_name(s.cache)}, about {size(pipeline.sampling_bytes(s))} of working memory")
+        f"{'compiled blocks, ' * args.compile}{_cache_name(s.cache)}, about {size(pipeline.sampling_bytes(s))} of working memory")
     last: StepInfo | None = None
     try:
         with (job.report.measure("sampling", pipeline.device),

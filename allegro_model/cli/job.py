@@ -153,7 +153,8 @@ def open_model(job: Job) -> AllegroPipeline:
     pipeline = AllegroPipeline.from_pretrained(model, device=args.device, dtype=dtype,
                                                loras=getattr(args, "lora", ()),
                                                transformer=getattr(args, "transformer", None),
-                                               attention=getattr(args, "attention", "auto"))
+                                               attention=getattr(args, "attention", "auto"),
+                                               compile_blocks=getattr(args, "compile", False))
     pipeline.tiling = _tiling(args, pipeline)
     job.report.facts["model"] = model_name(job)
     job.report.facts["device"] = str(pipeline.device)

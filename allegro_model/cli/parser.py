@@ -312,6 +312,9 @@ def _add_model(parser: Parser, *, generate: bool = False) -> None:
         group.add_argument("--attention", default="auto", choices=ATTENTIONS,
                            help="kernel of the transformer's attention (default auto: the fastest exact one, measured before the "
                                 "first step); sage is approximate; one that cannot be used here is replaced by sdpa")
+        group.add_argument("--compile", action="store_true",
+                           help="run the transformer's blocks through torch.compile, which takes a minute or more before the first "
+                                "step; where it fails the run goes on without it")
 
 
 def _add_tiles(parser: Parser) -> None:

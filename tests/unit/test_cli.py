@@ -185,6 +185,23 @@ def test_the_attention_is_named_and_one_that_cannot_be_used_is_replaced(allegro:
     assert ", attention sdpa, " in err
 
 
+def test_blocks_are_compiled_when_it_is_asked_for(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run goes on where they cannot be."""
+    settings = ("generate", PROMPT, "--steps", 1, "--force", "-o")
+    assert "compiled" not in allegro(*settings, "a.png")[2]
+    assert allegro(*settings, "plain.png", "--save-latents", "plain.safetensors")[0] == 0
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no compiler on this system.")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    code, _, err = allegro(*settings, "a.png", "--save-latents", "a.safetensors", "--compile")
+    assert code == 0
+    assert ", compiled blocks, " in err
+    assert err.count("WARNING: torch.compile failed, so the blocks run without it: no compiler on this system\n") == 1
+    assert torch.equal(latents_of("a.safetensors"), latents_of("plain.safetensors"))
+
+
 def test_latents_are_saved_before_decoding_and_decode_to_the_same_clip(allegro: Run) -> None:
     assert allegro("generate", PROMPT, "-o", "a.png", "--fps", 6, "--save-latents", "a.safetensors")[0] == 0
     code, out, _ = allegro("decode", "a.safetensors", "-o", "b.png")

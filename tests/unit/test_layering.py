@@ -13,7 +13,7 @@ PACKAGE = ROOT / "allegro_model"
 BASE = {"errors", "config", "atomic"}
 SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
-PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "conditioning", "joining", "prompt_store"}
+PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "compiling", "conditioning", "joining", "prompt_store"}
 COMMANDS = PIPELINE | {"pipeline", "latents", "download", "client"}
 ALLOWED = {
     "errors": set(),
@@ -35,6 +35,7 @@ ALLOWED = {
     "media": SHARED,
     "memory": BASE,
     "prompt_store": BASE | {"media"},
+    "compiling": BASE | {"dit", "memory"},
     "pipeline": PIPELINE,
     "latents": PIPELINE | {"pipeline"},
     "download": BASE | {"loading", "media"},
