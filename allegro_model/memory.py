@@ -1,7 +1,9 @@
-"""How much memory a device has. None means unknown; then nothing is refused for lack of it."""
+"""How much memory a device has, and how much this process took. None means unknown; then nothing is refused for lack of it."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
 import sys
@@ -39,15 +41,26 @@ def total_bytes(device: torch.device) -> int | None:
     return _host("total") if device.type == "cpu" else None
 
 
+def both_prompts_fit(needed: int, device: torch.device) -> bool:
+    """Whether both prompts of guidance go through the network at once: when that takes at most half the memory.
+
+    Args:
+        needed: bytes of one evaluation of both.
+    """
+    total = total_bytes(device)
+    return total is not None and needed * 2 <= total
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; outside CUDA, PyTorch says so with a plain RuntimeError."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
         type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error)))
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device | None) -> None:
     """Counts peaks from here on; outside Linux, that of main memory stays the peak since the start of the process."""
-    if device.type == "cuda":
+    if device is not None and device.type == "cuda":
+        import torch
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -63,6 +76,20 @@ def peak_ram() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process has now; only Linux tells."""
+    now = _entry(Path("/proc/self/status"), "VmRSS:")
+    return None if now is None else now * 1024
+
+
+def release_heap() -> None:
+    """Gives memory that is free back to the system, so that what comes next does not hide in it (glibc only)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _host(what: str) -> int | None:

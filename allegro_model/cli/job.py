@@ -100,9 +100,12 @@ def check_clip_space(path: Path, width: int, height: int, num_frames: int) -> No
     Raises:
         OutputError: names what is needed and what is left.
     """
-    # A generous guess at compressed bytes per pixel.
-    per_pixel = 1.5 if path.suffix.lower() == ".png" else 0.3
-    check_free_space(path, int(width * height * num_frames * (per_pixel + _LATENT_BYTES)))
+    check_free_space(path, clip_bytes(path.suffix, width, height, num_frames) + int(width * height * num_frames * _LATENT_BYTES))
+
+
+def clip_bytes(suffix: str, width: int, height: int, num_frames: int) -> int:
+    """What a clip takes on a disk: a generous guess at compressed bytes per pixel."""
+    return int(width * height * num_frames * (1.5 if suffix.lower() == ".png" else 0.3))
 
 
 def check_latents_space(path: Path, width: int, height: int, num_frames: int) -> None:

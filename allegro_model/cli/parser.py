@@ -16,6 +16,7 @@ from ..pipeline import DTYPES
 from ..sampling import CACHE_LEVELS, SAMPLERS
 from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
 from .options import Parser, add_command, add_report, prepare, start_parser
+from .speed_options import add_estimate
 from .submit_options import add_submit
 
 BUNDLED = "tiny"  # the default model
@@ -132,6 +133,7 @@ def build_parser() -> Parser:
     _add_convert_vfi(commands)
     _add_download(commands)
     add_submit(commands)
+    add_estimate(commands)
     inspect = add_command(commands, "inspect", "say what a file is", _INSPECT)
     inspect.add_argument("path", metavar="PATH", help="a file, a model folder, or a bundled model")
     add_report(inspect)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from ..errors import (
     OutputError,
     ServerError,
 )
-from ..memory import is_out_of_memory
+from ..memory import is_out_of_memory, peak_ram, reset_peak
 
 if TYPE_CHECKING:
     import torch
@@ -80,32 +79,6 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-# Memory
-
-
-def _reset_peak(device: torch.device | None) -> None:
-    if device is not None and device.type == "cuda":
-        import torch
-        torch.cuda.reset_peak_memory_stats(device)
-    # Linux counts the peak of this process from here on; elsewhere, it stays the peak since its start.
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_ram() -> int | None:
-    """Highest resident memory of this process, bytes; None where the system does not tell."""
-    with suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        if found:
-            return int(found.group(1)) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _peak_gpu(device: torch.device | None) -> int | None:
     if device is None or device.type != "cuda":
         return None
@@ -139,14 +112,14 @@ class Report:
             device: where it computes; None when it does not.
         """
         self.stage = name
-        _reset_peak(device)
+        reset_peak(device)
         start = time.monotonic()
         try:
             yield
         finally:
             gpu = _peak_gpu(device)
             self.stages.append({"name": name, "seconds": round(time.monotonic() - start, 3),
-                                "peak_ram_bytes": _peak_ram(), "peak_gpu_bytes": gpu})
+                                "peak_ram_bytes": peak_ram(), "peak_gpu_bytes": gpu})
 
     def to_dict(self, code: int, error: BaseException | None) -> dict[str, Any]:
         """The report as JSON-able values.

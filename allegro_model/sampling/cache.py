@@ -167,3 +167,43 @@ class StepCache:
         if c["attended"]:
             parts.append(f"{c['attended']} of {c['attended'] + c['attention']} attentions used again")
         return f"step cache {self.name}: {', '.join(parts)}"
+
+
+class Work(NamedTuple):
+    """What a run has to compute.
+
+    Attributes:
+        predictions: evaluations of the network, each for one prompt.
+        attended: those of them that also compute self-attention.
+    """
+
+    predictions: int
+    attended: int
+
+
+def count_work(level: str, timesteps: Sequence[float], *, guided: bool) -> Work:
+    """What a run will compute, known beforehand: a cache decides by the timesteps alone.
+
+    Args:
+        level: one of `CACHE_LEVELS`.
+        timesteps: of the steps, in their order.
+        guided: whether there is a negative prompt.
+    """
+    check_cache(level)
+    if level == "off":
+        return Work(*[len(timesteps) * (1 + guided)] * 2)
+    cache, nothing, attended = StepCache(level), torch.zeros(1), 0
+
+    def attend() -> Tensor:
+        nonlocal attended
+        attended += 1
+        return nothing
+
+    def compute(key: str, timestep: float) -> Tensor:
+        reuse = cache.reuse([key], timestep)
+        return attend() if reuse is None else reuse(0)("self", attend)
+
+    for timestep in timesteps:
+        for key in ["negative", "positive"] if guided and cache.guided(timestep) else ["positive"]:
+            cache.predict([key], timestep, partial(compute, key, timestep))
+    return Work(sum(cache._evaluations.values()), attended)

@@ -1,0 +1,1 @@
+"""How fast this machine is: measured, and what follows from it for a run that has not begun."""

@@ -1,0 +1,214 @@
+"""Measuring, and what follows from it: sizes, budgets, shares of a run, and what the commands say."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from commands import run_command
+
+from allegro_model.attention import sdpa
+from allegro_model.bench import estimate as estimating
+from allegro_model.bench.estimate import Machine, estimate_run, sampling_seconds
+from allegro_model.bench.measure import Measured, at_largest, in_turn, peak_of, randomise
+from allegro_model.bench.networks import META, T5_XXL, open_networks
+from allegro_model.bench.speed import EvaluationSeconds, evaluation_seconds
+from allegro_model.config import DIT_88X720P, PRESETS
+from allegro_model.dit import AllegroDiT
+from allegro_model.errors import CheckpointError
+from allegro_model.geometry import latent_shape
+from allegro_model.pipeline import AllegroPipeline, SampleSettings
+from allegro_model.sampling import CACHE_LEVELS, count_work, reference_timesteps
+from allegro_model.sampling import cache as caching
+
+CPU = torch.device("cpu")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def allegro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: run_command(capsys, [str(word) for word in words])
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that only calls move."""
+    now = [0.0]
+    monkeypatch.setattr("allegro_model.bench.measure.time.perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+# Measuring
+
+
+def test_median_and_spread() -> None:
+    measured = Measured([4.0, 2.0, 3.0])
+    assert measured.median == 3.0
+    assert measured.spread == pytest.approx(1 / 3)
+
+
+def test_calls_are_measured_in_turn(clock: Callable[[float], None]) -> None:
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            clock(seconds)
+        return run
+
+    found = in_turn({"a": call("a", 1.0), "b": call("b", 2.0)}, CPU, 2)
+    assert order == ["a", "b", "a", "b", "a", "b"]
+    assert (found["a"].seconds, found["b"].seconds) == ([1.0, 1.0], [2.0, 2.0])
+
+
+@pytest.mark.parametrize(("budget", "size"), [(0.001, 1), (13.0, 4), (1000.0, 8)])
+def test_the_largest_size_that_fits_is_timed(clock: Callable[[float], None], budget: float, size: int) -> None:
+    calls: list[int] = []
+
+    def make(n: int) -> Callable[[], None]:
+        return lambda: (calls.append(n), clock(n))[0]  # type: ignore[func-returns-value]
+
+    assert at_largest(make, [1, 2, 4, 8], budget, CPU) == (size, float(size))
+    assert max(calls) == size
+    assert calls.count(1) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
+def test_peak_memory_of_a_call() -> None:
+    peak = peak_of(lambda: torch.ones(2**24), CPU)
+    assert peak == pytest.approx(2**26, rel=0.1)
+
+
+def test_arbitrary_weights_are_noise_in_every_tensor() -> None:
+    dit = randomise(AllegroDiT(tiny.DIT, device=META), CPU, torch.bfloat16)
+    for name, tensor in dit.state_dict().items():
+        assert tensor.dtype is torch.bfloat16
+        assert bool(torch.isfinite(tensor).all()), name
+        assert float(tensor.float().std()) == pytest.approx(0.02, rel=0.5), name
+
+
+# Sizes
+
+
+def test_sizes_of_a_released_model_need_no_files() -> None:
+    networks = open_networks("88x720P")
+    assert networks.dit == DIT_88X720P
+    assert networks.dit_parameters == pytest.approx(2.8e9, rel=0.03)
+    assert networks.vae_parameters == pytest.approx(175e6, rel=0.05)
+    assert networks.text_parameters == pytest.approx(4.76e9, rel=0.01)
+    assert networks.file_bytes is None
+    assert networks.text is T5_XXL
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-ti2v"])
+def test_sizes_of_a_folder(name: str) -> None:
+    networks, pipeline = open_networks(name), AllegroPipeline.from_pretrained(name)
+    assert networks.dit == pipeline.dit_config
+    assert networks.vae == pipeline.vae_config
+    assert networks.defaults == pipeline.defaults
+    assert networks.image_to_video is pipeline.image_to_video
+    assert networks.dit_parameters == sum(p.numel() for p in pipeline.dit.parameters())
+
+
+def test_an_unknown_model_is_refused_with_a_list() -> None:
+    with pytest.raises(CheckpointError, match=r"88x720P.*40x360P"):
+        open_networks("nowhere")
+
+
+# What a run computes
+
+
+@pytest.mark.parametrize("level", CACHE_LEVELS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_evaluations_are_known_beforehand(level: str, guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if level == "off":
+        assert count_work(level, [900.0, 500.0, 10.0], guided=guidance != 1) == ((6, 6) if guidance != 1 else (3, 3))
+        return
+    counts: list[int] = []
+    denoise = AllegroDiT.denoise
+    monkeypatch.setattr(AllegroDiT, "denoise",
+                        lambda self, latents, *a, **k: (counts.append(len(latents)), denoise(self, latents, *a, **k))[1])
+    pipeline = AllegroPipeline.from_pretrained("tiny")
+    settings = pipeline.settings(num_steps=12, guidance_scale=guidance, cache=level, num_frames=4, width=32, height=32)
+    prompts = pipeline.encode_prompt("a red circle", guidance_scale=guidance)
+    pipeline.sample(prompts, pipeline.start(settings))
+    work = count_work(level, reference_timesteps(12).tolist(), guided=guidance != 1)
+    assert work.predictions == sum(counts)
+    assert (work.attended < work.predictions) == (level == "broadcast")
+
+
+def test_a_cache_takes_its_share_of_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SampleSettings(1280, 720, 88, 100, 7.5)
+    once = EvaluationSeconds(linear=1.0, attention=4.0)
+    assert sampling_seconds(once, settings) == (200, 1000.0)
+    monkeypatch.setattr(estimating, "count_work", lambda *args, **named: caching.Work(100, 60))
+    evaluations, seconds = sampling_seconds(once, settings)
+    assert evaluations == 100
+    assert seconds == pytest.approx(60 * 5.0 + 40 * (20 / 28))
+
+
+# Estimates, with networks whose time is known
+
+
+def test_parts_are_scaled_to_the_whole(clock: Callable[[float], None]) -> None:
+    """Attention that takes 1 s per 2**28 pairs of queries and keys of a head, and nothing else that takes time."""
+    networks, shape = replace(open_networks("88x720P"), dit=tiny.DIT), latent_shape(1280, 720, 4)
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+        clock(q.shape[1] * k.shape[1] * heads / 2**28 if k.shape[1] == 3600 else 0)
+        return q
+
+    found = evaluation_seconds(networks, shape, device=CPU, dtype=torch.float32, attention=attention, budget=0.01)
+    assert found.attention == pytest.approx(2 * 2 * 3600**2 / 2**28)
+    assert found.linear == 0
+
+
+def test_an_estimate_of_the_bundled_model() -> None:
+    networks = open_networks("tiny")
+    d = networks.defaults
+    settings = SampleSettings(d.width, d.height, d.num_frames, d.num_steps, d.guidance_scale)
+    found = estimate_run(networks, settings, Machine(CPU, None, sdpa))
+    assert [stage.name for stage in found.stages] == ["reading the prompt", "sampling", "decoding"]
+    assert found.tokens == 144
+    assert found.evaluations == 2 * d.num_steps
+    assert all(stage.seconds > 0 and stage.working_bytes > 0 for stage in found.stages)
+    assert found.stages[1].seconds == pytest.approx(found.step_seconds * d.num_steps)
+
+
+# The commands
+
+
+def test_estimate_command(allegro: Run) -> None:
+    code, out, _ = allegro("estimate", "--model", "tiny", "--steps", 7, "--cfg", 1, "--interpolate", 2, "--json", "a.json")
+    assert code == 0
+    assert "tiny: 24 frames of 96x64, 7 steps, cfg 1, step cache off\n" in out
+    assert "144 tokens" in out
+    assert "; 7 evaluations" in out
+    for stage in ("reading the prompt", "sampling", "decoding", "interpolating", "in all"):
+        assert f"\n{stage}" in out
+    report = json.loads(Path("a.json").read_text())
+    assert report["estimate"]["evaluations"] == 7
+    assert report["estimate"]["seconds"] == pytest.approx(sum(s["seconds"] for s in report["estimate"]["stages"]))
+    assert report["hardware"]["cores"] == os.cpu_count()
+
+
+@pytest.mark.parametrize(("words", "code", "message"), [
+    (("--frames", 7), 3, "num_frames=7"), (("--model", "nowhere"), 4, "88x720P"), (("--device", "nothing"), 3, "Use auto"),
+])
+def test_estimate_refuses(allegro: Run, words: tuple[object, ...], code: int, message: str) -> None:
+    found, out, err = allegro("estimate", *words)
+    assert (found, out) == (code, "")
+    assert message in err
+
+
+def test_every_released_size_is_offered(allegro: Run) -> None:
+    _, out, _ = allegro("estimate", "--help")
+    assert all(name in out for name in PRESETS)
