@@ -77,29 +77,37 @@ def token_count(shape: LatentShape, patch_size: int = 2) -> int:
     return shape.frames * -(-shape.height // patch_size) * -(-shape.width // patch_size)
 
 
-# Memory. Estimates of activations, in bytes; weights come on top. They are for refusing the impossible
-# before an allocation, not for filling a card to the last byte.
+# Memory. Estimates of activations, in bytes; weights come on top. A test holds them against the tensors that are alive
+# during a run; what kernels take and give back by themselves, such as the workspace of a convolution, is not in them.
+
+# Of the frames that a 2-D layer of the VAE gets at once: two at 320 x 320 with 128 channels in float32. More takes more
+# memory, fewer keep a GPU less busy.
+FRAMES_BYTES = 2**27
 
 
-def estimate_sampling_bytes(config: DiTConfig, shape: LatentShape, *, batch: int, dtype_bytes: int) -> int:
+def estimate_sampling_bytes(config: DiTConfig, shape: LatentShape, *, batch: int, dtype_bytes: int,
+                            prompts: int = 0, text_length: int = 512) -> int:
     """Peak activation memory of one DiT evaluation.
 
-    The peak is in the feed-forward: the residual stream, its modulated copy and the 4x wide hidden layer
-    with its activation live together, 10 widths per token; attention (x, q, k, v, rotated q and k, output)
-    stays below that.
+    The peak is where the keys get their positions, 8 widths per token; the feed-forward, whose hidden layer is 4 wide,
+    stays a width below that.
 
     Args:
         batch: videos evaluated at once, counting both halves of guidance.
         dtype_bytes: bytes per activation.
+        prompts: whose keys and values are kept for all steps.
+        text_length: tokens of a prompt, at most.
     """
-    return batch * token_count(shape, config.patch_size) * config.width * 10 * dtype_bytes
+    tokens = batch * token_count(shape, config.patch_size) * config.width * 8
+    text = prompts * text_length * config.width * 2 * config.num_layers
+    return (tokens + text) * dtype_bytes
 
 
 def estimate_decode_bytes(config: VAEConfig, tile: tuple[int, int, int], *, tiles: int, dtype_bytes: int) -> int:
     """Peak activation memory of decoding `tiles` tiles at once.
 
-    The peak is at full resolution, where the input, its normalised copy, the padded copy and the output of
-    a convolution, with its workspace, live together: 6 tensors of the two finest levels' mean width.
+    The peak is at full resolution. In a temporal block its input lives together with two tensors that have a frame more
+    at either end; in a ResNet before, its wider input and its output, and what a few frames need on their way.
 
     Args:
         tile: (frames, height, width) of a tile, pixels.
@@ -107,8 +115,20 @@ def estimate_decode_bytes(config: VAEConfig, tile: tuple[int, int, int], *, tile
         dtype_bytes: bytes per activation.
     """
     frames, height, width = tile
-    channels = (config.block_out_channels[0] + config.block_out_channels[1]) // 2
-    return tiles * frames * height * width * channels * 6 * dtype_bytes
+    narrow, wide = (tiles * frames * height * width * c * dtype_bytes for c in config.block_out_channels[:2])
+    few = min(wide, (3 if tiles == 1 else 4) * FRAMES_BYTES // 2)  # frames of several tiles have to be brought together
+    return max(narrow + 2 * narrow * (frames + 2) // frames, narrow + wide + few)
+
+
+def estimate_encode_bytes(config: VAEConfig, tile: tuple[int, int, int], *, tiles: int, dtype_bytes: int) -> int:
+    """Peak activation memory of encoding; arguments as for `estimate_decode_bytes`.
+
+    The same temporal blocks; the ResNets have no wider input.
+    """
+    frames, height, width = tile
+    narrow = tiles * frames * height * width * config.block_out_channels[0] * dtype_bytes
+    few = (1 if tiles == 1 else 2) * min(FRAMES_BYTES, narrow)
+    return max(narrow + 2 * narrow * (frames + 2) // frames, 2 * narrow + few)
 
 
 def frames_bytes(width: int, height: int, num_frames: int) -> int:

@@ -413,7 +413,7 @@ class AllegroPipeline:
         return estimate_sampling_bytes(self.dit_config, shape, batch=batch, dtype_bytes=self.dit_dtype.itemsize)
 
     def _decode_bytes(self, num_frames: int, height: int, width: int) -> int:
-        """Activations of one batch of tiles."""
+        """Activations of one batch of tiles, and the window that tiles are blended in."""
         config = self.vae_config
         tiling = self.tiling or Tiling.from_config(config)
         tile = (min(tiling.tile_frames, num_frames), min(tiling.tile_height, height),
@@ -421,7 +421,7 @@ class AllegroPipeline:
         _, rows, columns = tiling.plan((-(-num_frames // config.temporal_factor), -(-height // config.spatial_factor),
                                         -(-width // config.spatial_factor)))
         tiles = min(tiling.tiles_per_batch, len(rows.starts) * len(columns.starts))  # a batch never crosses time
-        return estimate_decode_bytes(config, tile, tiles=tiles, dtype_bytes=4)
+        return frames_bytes(width, height, tile[0]) + estimate_decode_bytes(config, tile, tiles=tiles, dtype_bytes=4)
 
     def condition(self, given: GivenFrames, *, posterior_noise: Tensor | None = None,
                   progress: Progress | None = None) -> Tensor:
@@ -585,6 +585,7 @@ class AllegroPipeline:
             if new.shape[2]:
                 check_finite(new, "decoding", "other latents (are they finite?); intact weights of the VAE (allegro inspect)")
                 yield new.clamp(-1, 1).cpu()
+            del frames, new  # they keep the window that they are a view of
 
     def _make_room(self, needed: int) -> None:
         """Takes the transformer off the device when the VAE would not fit beside it."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry import FRAMES_BYTES
+
 SPATIAL_EPS = 1e-6
 TEMPORAL_EPS = 1e-5
 
@@ -30,10 +32,33 @@ def network_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last_3d) if x.device.type == "cpu" else x
 
 
-def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Applies a 2-D layer to every frame of [B, C, T, H, W]."""
-    y = layer(x.transpose(1, 2).flatten(0, 1))  # [B*T, C', H', W']
-    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor, *, growth: int = 1) -> Tensor:
+    """Applies a 2-D layer, which treats every image by itself, to every frame of [B, C, T, H, W].
+
+    Large clips go through a few frames at a time: what a layer needs besides input and result is then that of a
+    few frames. With gradients there is nothing to gain, since all of it is kept.
+
+    Args:
+        layer: [n, C, H, W] -> [n, C', H', W'].
+        x: the frames.
+        growth: how much larger than `x` the layer's widest tensor is.
+    """
+    B, T = x.shape[0], x.shape[2]
+    at_once = max(1, FRAMES_BYTES * T // max(1, x.numel() * x.element_size() * growth))
+    if at_once >= T or torch.is_grad_enabled():
+        y = layer(x.transpose(1, 2).flatten(0, 1))  # [B*T, C', H', W']
+        return y.unflatten(0, (B, T)).transpose(1, 2)
+    result: Tensor | None = None  # [B, T, C', H', W'], each frame in the memory layout of the layer
+    for first in range(0, T, at_once):
+        y = layer(x[:, :, first : first + at_once].transpose(1, 2).flatten(0, 1)).unflatten(0, (B, -1))
+        if result is None:
+            result = y.new_empty((B, T, *y.shape[2:])) if y.is_contiguous() else torch.empty(
+                (B * T, *y.shape[2:]), dtype=y.dtype, device=y.device,
+                memory_format=torch.channels_last).unflatten(0, (B, T))
+        result[:, first : first + at_once] = y
+        del y  # before the next frames, not after them
+    assert result is not None
+    return result.transpose(1, 2)
 
 
 def norm_silu(norm: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -179,4 +204,4 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T, 2H, 2W]."""
-        return per_frame(lambda y: self.conv(F.interpolate(y, scale_factor=2.0, mode="nearest")), x)
+        return per_frame(lambda y: self.conv(F.interpolate(y, scale_factor=2.0, mode="nearest")), x, growth=4)

@@ -31,6 +31,16 @@ from .tiling import Progress, Tiling, Triple, stream_tiles
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
+def _steps(*blocks: Any) -> Iterator[nn.Module]:
+    """The layers of some blocks in order.
+
+    A network calls them one after the other. Were it to call the blocks, it would hold on to the input of each until the
+    block is done: at full resolution that is a third of all memory.
+    """
+    for block in blocks:
+        yield from block.steps()
+
+
 class DownBlock(nn.Module):
     """ResNets with temporal blocks, then less time, then less space."""
 
@@ -49,15 +59,13 @@ class DownBlock(nn.Module):
             TemporalBlock(channels, temporal_groups, operations, resample="down", **kwargs) if time else None)
         self.downsamplers = nn.ModuleList([Downsample(channels, operations, **kwargs)] if space else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T or T/2, H or H/2, W or W/2]."""
-        for resnet, temporal in zip(self.resnets, self.temp_convs, strict=True):
-            x = temporal(resnet(x))
+    def steps(self) -> Iterator[nn.Module]:
+        """The layers in order: [B, C, T, H, W] -> [B, C', T or T/2, H or H/2, W or W/2]."""
+        for pair in zip(self.resnets, self.temp_convs, strict=True):
+            yield from pair
         if self.temp_convs_down is not None:
-            x = self.temp_convs_down(x)
-        for downsample in self.downsamplers:
-            x = downsample(x)
-        return x
+            yield self.temp_convs_down
+        yield from self.downsamplers
 
 
 class UpBlock(nn.Module):
@@ -78,15 +86,13 @@ class UpBlock(nn.Module):
             TemporalBlock(channels, temporal_groups, operations, resample="up", **kwargs) if time else None)
         self.upsamplers = nn.ModuleList([Upsample(channels, operations, **kwargs)] if space else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T or 2T, H or 2H, W or 2W]."""
-        for resnet, temporal in zip(self.resnets, self.temp_convs, strict=True):
-            x = temporal(resnet(x))
+    def steps(self) -> Iterator[nn.Module]:
+        """The layers in order: [B, C, T, H, W] -> [B, C', T or 2T, H or 2H, W or 2W]."""
+        for pair in zip(self.resnets, self.temp_convs, strict=True):
+            yield from pair
         if self.temp_conv_up is not None:
-            x = self.temp_conv_up(x)
-        for upsample in self.upsamplers:
-            x = upsample(x)
-        return x
+            yield self.temp_conv_up
+        yield from self.upsamplers
 
 
 class MidBlock(nn.Module):
@@ -101,11 +107,9 @@ class MidBlock(nn.Module):
         ])
         self.attentions = nn.ModuleList([FrameAttention(channels, groups, operations, **kwargs)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, t, h, w] -> the same."""
-        x = self.temp_convs[0](self.resnets[0](x))
-        x = self.attentions[0](x)
-        return self.temp_convs[1](self.resnets[1](x))
+    def steps(self) -> Iterator[nn.Module]:
+        """The layers in order: [B, C, t, h, w] -> the same."""
+        yield from (self.resnets[0], self.temp_convs[0], self.attentions[0], self.resnets[1], self.temp_convs[1])
 
 
 class Encoder(nn.Module):
@@ -130,9 +134,8 @@ class Encoder(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> [B, 8, T/4, H/8, W/8]."""
         x = temporal_residual(self.temp_conv_in, per_frame(self.conv_in, network_layout(frames)))
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
+        for step in _steps(*self.down_blocks, self.mid_block):
+            x = step(x)
         x = per_frame(lambda y: norm_silu(self.conv_norm_out, y), x)
         return per_frame(self.conv_out, temporal_residual(self.temp_conv_out, x))
 
@@ -159,9 +162,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """[B, 4, t, h, w] -> [B, 3, 4t, 8h, 8w]."""
         x = temporal_residual(self.temp_conv_in, per_frame(self.conv_in, network_layout(latents)))
-        x = self.mid_block(x)
-        for block in self.up_blocks:
-            x = block(x)
+        for step in _steps(self.mid_block, *self.up_blocks):
+            x = step(x)
         x = per_frame(lambda y: norm_silu(self.conv_norm_out, y), x)
         return per_frame(self.conv_out, temporal_residual(self.temp_conv_out, x))
 
@@ -267,9 +269,9 @@ class VideoVAE(nn.Module):
             part = part[:, :, : T - position]
             frames[:, :, position : position + part.shape[2]] = part
             position += part.shape[2]
+            del part  # lets go of the window it is a view of
         return frames
 
-    @torch.no_grad()
     def decode_stream(self, latents: Tensor, *, tiling: Tiling | None = None,
                       progress: Progress | None = None) -> Iterator[Tensor]:
         """Decodes a clip of any length in bounded memory.
@@ -284,8 +286,10 @@ class VideoVAE(nn.Module):
         self._check_rank("latents", latents, self.config.latent_channels)
         scale = (self.config.temporal_factor, self.config.spatial_factor, self.config.spatial_factor)
         t, h, w = latents.shape[2:]
-        z = per_frame(self.post_quant_conv, latents.to(self.dtype))  # before tiling, as the reference
-        yield from self._blend(z, (t, h, w), self.decode_tile, (1, 1, 1), scale, tiling, progress)
+        with torch.no_grad():
+            z = per_frame(self.post_quant_conv, latents.to(self.dtype))  # before tiling, as the reference
+        # Not round the whole generator: that would keep what was yielded until the next part is there.
+        yield from self._blend(z, (t, h, w), torch.no_grad()(self.decode_tile), (1, 1, 1), scale, tiling, progress)
 
     def _blend(self, source: Tensor, cells: Triple, network: Any, source_scale: Triple, output_scale: Triple,
                tiling: Tiling | None, progress: Progress | None) -> Iterator[Tensor]:

@@ -115,7 +115,8 @@ def stream_tiles(source: Tensor, plan: tuple[Axis, Axis, Axis], network: Callabl
                  progress: Progress | None) -> Iterator[Tensor]:
     """Runs a network over tiles and yields the blended result along time.
 
-    Memory beyond the source: one window of a tile's frames at full size, and one batch of tiles.
+    Memory beyond the source: one window of a tile's frames at full size, and one batch of tiles; a second window while
+    the time moves on, and for as long as the caller keeps frames.
 
     Args:
         source: [B, C, T, H, W]; items of the batch are tiles like any other, so that one item's result does
@@ -155,9 +156,14 @@ def stream_tiles(source: Tensor, plan: tuple[Axis, Axis, Axis], network: Callabl
         ready = (following - start) * output_scale[0]  # no later tile touches these
         yield window[:, :, :ready]
         if following < times.size:
-            rest = window[:, :, ready:]
-            window = torch.zeros_like(window)
-            window[:, :, : rest.shape[2]] = rest
+            window = _moved_on(window, ready)
+
+
+def _moved_on(window: Tensor, by: int) -> Tensor:
+    """A window that begins `by` frames later. A new one: whoever took frames of the old one may still use them."""
+    following = torch.zeros_like(window)
+    following[:, :, : window.shape[2] - by] = window[:, :, by:]
+    return following
 
 
 def _box(plan: tuple[Axis, Axis, Axis], index: Triple, scale: Triple) -> tuple[slice, slice, slice]:

@@ -23,6 +23,7 @@ from ...allegro_model.config import VAE_720P, DiTConfig, VAEConfig
 from ...allegro_model.dit import AllegroDiT, AllegroTI2V
 from ...allegro_model.dit.model import trim_text
 from ...allegro_model.errors import GeometryError, TextError
+from ...allegro_model.geometry import LatentShape, estimate_sampling_bytes
 from ...allegro_model.loading import check_tensors, component_folder, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
 from .cache import reuse_of
@@ -213,8 +214,6 @@ class AllegroModelConfig(comfy.supported_models_base.BASE):
         super().__init__({"config": config})
         self.image_to_video = image_to_video
         self.latent_format = AllegroLatentFormat(vae)
-        # ComfyUI's own models with this patch size use width / 2000.
-        self.memory_usage_factor = config.width / 2000
         if small:
             self.supported_inference_dtypes = [torch.float32]
 
@@ -235,6 +234,17 @@ class AllegroModel(comfy.model_base.BaseModel):
     def __init__(self, model_config: AllegroModelConfig, device: Any = None) -> None:
         super().__init__(model_config, comfy.model_base.ModelType.EPS, device=device, unet_model=self.network)
         self.model_sampling = AllegroSampling(model_config)
+
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> int:
+        """Bytes that an evaluation needs beside the weights, for latents of `input_shape` [B, 4, t, h, w].
+
+        ComfyUI's own formula gives twice as much for this model, and with that would take the prompts one by one where
+        both fit. Attention counts with its result: kernels that need more, ComfyUI fits to what is free.
+        """
+        batch, _, *cells = (int(n) for n in input_shape)
+        dtype: torch.dtype = self.manual_cast_dtype or self.get_dtype()
+        return estimate_sampling_bytes(self.diffusion_model.config, LatentShape(*cells), batch=batch,
+                                       dtype_bytes=dtype.itemsize)
 
     def extra_conds(self, **kwargs: Any) -> Options:
         """The mask of the prompt goes to the network beside its embeddings."""

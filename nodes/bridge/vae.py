@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...allegro_model.config import VAEConfig
 from ...allegro_model.errors import CheckpointMismatch, GeometryError, NonFiniteError, UnsupportedCheckpoint
-from ...allegro_model.geometry import estimate_decode_bytes, frames_bytes
+from ...allegro_model.geometry import estimate_decode_bytes, estimate_encode_bytes, frames_bytes
 from ...allegro_model.loading import check_tensors, vae_config_from_shapes
 from ...allegro_model.vae import Tiling, VideoVAE
 from ...allegro_model.vae.blocks import ResNet, TemporalBlock
@@ -86,8 +86,8 @@ class AllegroVAE(comfy.sd.VAE):
         self.patcher = patcher_class(disable_dynamic)(
             self.first_stage_model, load_device=self.device,
             offload_device=comfy.model_management.vae_offload_device())
-        self.memory_used_encode = lambda shape, dtype: self._tile_bytes(self.default_tiling, shape[2:], dtype)
-        self.memory_used_decode = lambda shape, dtype: self._tile_bytes(
+        self.memory_used_encode = lambda shape, dtype: self._encode_bytes(self.default_tiling, shape[2:], dtype)
+        self.memory_used_decode = lambda shape, dtype: self._decode_bytes(
             self.default_tiling, (shape[2] * frames, shape[3] * pixels, shape[4] * pixels), dtype)
 
     @property
@@ -138,8 +138,9 @@ class AllegroVAE(comfy.sd.VAE):
                     frames = frames[0].movedim(0, -1).mul_(0.5).add_(0.5).clamp_(0, 1)
                     images[item, position : position + len(frames)] = frames.to(images)
                     position += len(frames)
+                    del frames  # lets go of the window it is a view of
 
-        self._run("decode", work, self._tile_bytes(tiling, shape, self.vae_dtype))
+        self._run("decode", work, self._decode_bytes(tiling, shape, self.vae_dtype))
         return images
 
     def _check_finite(self, frames: Tensor) -> None:
@@ -174,7 +175,7 @@ class AllegroVAE(comfy.sd.VAE):
                 collected.append(self.first_stage_model.encode(prepare(clips[item : item + 1]), tiling=tiling,
                                                                progress=progress(item), device=self.device))
 
-        self._run("encode", work, self._tile_bytes(tiling, clips.shape[2:], self.vae_dtype))
+        self._run("encode", work, self._encode_bytes(tiling, clips.shape[2:], self.vae_dtype))
         return torch.cat(collected).to(device=self.output_device, dtype=intermediate_dtype())
 
     def tiling(self, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int) -> Tiling:
@@ -209,13 +210,16 @@ class AllegroVAE(comfy.sd.VAE):
         return replace(base, tile_frames=t, tile_height=h, tile_width=w, overlap_frames=over_t, overlap_height=over_h,
                        overlap_width=over_w)
 
-    def _tile_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
-        """Activations of one tile of a clip of `size` (frames, height, width), and the window that tiles are
-        blended in: float32 RGB, twice while it moves on."""
-        tile = (min(tiling.tile_frames, int(size[0])), min(tiling.tile_height, int(size[1])),
-                min(tiling.tile_width, int(size[2])))
-        window = 2 * frames_bytes(int(size[2]), int(size[1]), tile[0])
+    def _decode_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
+        """Decoding one tile of a clip of `size` (frames, height, width), and the float32 RGB window that tiles are blended in."""
+        tile = _at_most_the_clip(tiling, size)
+        window = frames_bytes(int(size[2]), int(size[1]), tile[0])
         return window + estimate_decode_bytes(self.first_stage_model.config, tile, tiles=1, dtype_bytes=dtype.itemsize)
+
+    def _encode_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
+        """Encoding one tile of a clip of `size` (frames, height, width)."""
+        return estimate_encode_bytes(self.first_stage_model.config, _at_most_the_clip(tiling, size), tiles=1,
+                                     dtype_bytes=dtype.itemsize)
 
     def _run(self, name: str, work: Callable[[], None], needed: int) -> None:
         """Runs with the weights where ComfyUI wants them; makes more room and tries again when memory runs out."""
@@ -300,6 +304,11 @@ def _batch_progress(items: int) -> Callable[[int], Callable[[int, int], None]]:
     """One bar over the tiles of all clips of a batch."""
     report = tile_progress()
     return lambda item: lambda done, total: report(item * total + done, items * total)
+
+
+def _at_most_the_clip(tiling: Tiling, size: Any) -> tuple[int, int, int]:
+    """(frames, height, width) of the tiles of a clip of `size`."""
+    return (min(tiling.tile_frames, int(size[0])), min(tiling.tile_height, int(size[1])), min(tiling.tile_width, int(size[2])))
 
 
 def _at_most(overlap: int, tile: int, multiple: int) -> int:

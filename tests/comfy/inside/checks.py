@@ -766,8 +766,8 @@ def check_full_memory_is_known_to_the_package_and_to_comfyui(h: Host) -> None:
 def check_the_estimate_of_a_tile_knows_the_blend_window(h: Host) -> None:
     """The window is as wide as the clip, however small the tile."""
     vae = parts(h)[2]
-    small, large = (vae._tile_bytes(vae.default_tiling, (88, *size), torch.float32) for size in ((64, 64), (720, 1280)))
-    assert large - small == 2 * 3 * 4 * 16 * (720 * 1280 - 64 * 64)
+    small, large = (vae._decode_bytes(vae.default_tiling, (88, *size), torch.float32) for size in ((64, 64), (720, 1280)))
+    assert large - small == 3 * 4 * 16 * (720 * 1280 - 64 * 64)
 
 
 def check_nan_and_inf_of_the_vae_are_reported(h: Host) -> None:
@@ -836,9 +836,9 @@ def check_cancel_inside_a_tile_and_a_text(h: Host) -> None:
     latent = {"samples": torch.zeros((1, 4, 2, 8, 8))}
     network, t5 = vae.first_stage_model, clip.cond_stage_model.t5xxl.transformer.encoder
     jobs = [
-        (network.decoder.mid_block, network.decoder.up_blocks[0],
+        (network.decoder.mid_block.resnets[0], network.decoder.up_blocks[0].resnets[0],
          lambda: h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES)),
-        (network.encoder.down_blocks[0], network.encoder.down_blocks[1],
+        (network.encoder.down_blocks[0].resnets[0], network.encoder.down_blocks[1].resnets[0],
          lambda: h.run("AllegroVideoVAEEncode", pixels=torch.zeros((8, 64, 64, 3)), vae=vae, **TILES)),
         (t5, t5.final_layer_norm,
          lambda: h.run("AllegroT5Encode", clip=clip, text="cancelled", role="raw", clean_caption=True, prompt_weighting=False)),

@@ -347,7 +347,7 @@ def check_memory_estimate_counts_latents_once(h: Host) -> None:
     """The condition is thrown away after the patches: as much as text to video, and the larger weights on top."""
     image, text = image_model(h), parts(h)[0]
     shape = (2, 4, 22, 90, 160)
-    assert image.model.memory_required(shape) == text.model.memory_required(shape)
+    assert image.model.memory_required(shape) == text.model.memory_required(shape) == 8 * 2 * 79200 * text.model.diffusion_model.config.width * 4
     extra = sum(p.numel() * p.element_size() for name, p in image.model.diffusion_model.named_parameters()
                 if name.startswith("pos_embed_"))
     assert image.model_size() == text.model_size() + extra > text.model_size()
