@@ -15,6 +15,7 @@ FEATURES = {
     "loaders": ("LoadAllegroDiT", "LoadAllegroT5", "LoadAllegroVAE"),
     "lora": ("AllegroLoraLoader",),
     "text": ("T5Encode",),
+    "storyboard": ("AllegroStoryboard",),
     "latent": ("EmptyAllegroLatentVideo",),
     "ti2v": ("AllegroImageToVideo", "AllegroKeyframes", "AllegroContinueVideo", "AllegroJoinVideos"),
     "sample": ("AllegroScheduler", "AllegroSampler"),

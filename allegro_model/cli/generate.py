@@ -28,6 +28,7 @@ from .job import (
 )
 from .plan import Plan, make_plan
 from .report import UsageError
+from .storyboard import draw_storyboard
 
 
 def generate(job: Job) -> None:
@@ -36,8 +37,21 @@ def generate(job: Job) -> None:
     Raises:
         AllegroError: see the exit codes.
     """
+    if job.args.storyboard is None:
+        draw(job)
+    else:
+        draw_storyboard(job, draw)
+    job.console.say(_summary(job))
+
+
+def draw(job: Job, *, write: bool = True) -> None:
+    """Makes one clip.
+
+    Args:
+        write: the video, too, not only its latents.
+    """
     plan = make_plan(job)
-    smoothing = smoothing_of(job, plan)
+    smoothing = smoothing_of(job, plan) if write else None
     job.report.facts["settings"] = plan.metadata
     state = plan.state
     if state is None or not state.finished:
@@ -51,6 +65,8 @@ def generate(job: Job) -> None:
         if plan.latents is not None:
             write_bytes(plan.latents, pack_latents(latents, plan.metadata), force=job.force)
             job.report.facts["latents"] = str(plan.latents)
+        if not write:
+            return
         assert plan.output is not None
         join = joiner(plan.given)
         if smoothing is None:
@@ -63,7 +79,6 @@ def generate(job: Job) -> None:
     except BaseException:  # whatever it is, hours of sampling must not be lost
         _rescue(job, plan, state)
         raise
-    job.console.say(_summary(job))
 
 
 def smoothing_of(job: Job, plan: Plan) -> Smoothing | None:

@@ -56,6 +56,10 @@ holds both, ready to be continued once more:
   allegro generate "the sun rises" -o long.mp4 --model tiny-ti2v --continue-from a.mp4
   allegro generate "clouds appear" -o longer.mp4 --model tiny-ti2v --continue-from long.safetensors --keep-frames 8
 
+A storyboard has one prompt per line; what follows "all:" is added to each, and # begins a remark. Each clip goes on
+from the one before, and all become one video:
+  allegro generate --storyboard story.txt -o story.mp4 --model tiny-ti2v --first-frame sea.png
+
 A long run in two halves, equal to one run:
   allegro generate "a lighthouse" --steps 100 --stop-at-step 50 --save-latents half.safetensors
   allegro generate --resume half.safetensors -o lighthouse.mp4
@@ -154,6 +158,10 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
     _add_clip(parser)
     group = parser.add_argument_group("what to draw")
+    group.add_argument("--storyboard", metavar="FILE",
+                       help="in place of PROMPT: a text file with one prompt per line; each goes on from the clip before it, all "
+                            "as one video (image-to-video models)")
+    parser.set_defaults(prompts=None)
     group.add_argument("--negative", metavar="TEXT", help="what to steer away from; empty for nothing")
     group.add_argument("--template", action=argparse.BooleanOptionalAction,
                        help="wrap the prompt in the official quality words")

@@ -41,7 +41,7 @@ from .report import UsageError
 DEFAULT_SEED = 42  # the reference script's
 DEFAULT_DENOISE = 0.6
 # Options a saved run brings with it.
-_FIXED_BY_RESUME = ("prompt", "negative", "template", "no_clean", "seed", "init_video", "denoise", "frames",
+_FIXED_BY_RESUME = ("prompt", "storyboard", "negative", "template", "no_clean", "seed", "init_video", "denoise", "frames",
                     "width", "height", "steps", "cfg", "sampler", "cache", "first_frame", "last_frame", "loop", "keyframe",
                     "keep_frames", "fit")
 
@@ -135,7 +135,8 @@ def make_plan(job: Job) -> Plan:
         check_latents_space(latents, settings.width, settings.height, max(num_frames, settings.num_frames))
     # Of a resumed run, what was given when it began.
     about_given = saved.get("given") if state is not None else given.metadata if given is not None else None
-    optional = {"transformer": transformer_name(job), "loras": loras, "given": about_given}
+    optional = {"transformer": transformer_name(job), "loras": loras, "given": about_given,
+                "storyboard": saved.get("storyboard") if state is not None else args.prompts}
     metadata = {**asdict(text), **describe_model(job, pipeline), "fps": fps, "settings": settings.to_dict(),
                 **{name: value for name, value in optional.items() if value}, **base_metadata()}
     return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, given, metadata)

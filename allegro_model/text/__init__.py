@@ -3,6 +3,7 @@
 from .cleaning import MAX_CHARACTERS, clean_caption
 from .encoder import TextEncoder, build_text_encoder
 from .prompts import DEFAULT_NEGATIVE, POSITIVE_TEMPLATE, format_negative, format_prompt
+from .storyboard import read_storyboard
 from .tokenizer import has_tokenizer, load_tokenizer
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "format_prompt",
     "has_tokenizer",
     "load_tokenizer",
+    "read_storyboard",
 ]

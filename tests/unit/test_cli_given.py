@@ -417,3 +417,68 @@ def test_the_bundled_model(allegro: Run) -> None:
                            "--model", "tiny-ti2v", model=None)
     assert code == 0, err
     assert read_metadata("out.mp4")["model"] == "tiny-ti2v"
+
+
+# Storyboards
+
+
+def story(text: str) -> str:
+    Path("story.txt").write_text(text, encoding="utf-8")
+    return "story.txt"
+
+
+def test_a_storyboard_is_the_same_as_its_clips_one_by_one(allegro: Run) -> None:
+    small = ("--steps", 2, "--frames", 8, "--keep-frames", 4)
+    code, _, err = allegro("generate", "--storyboard", story("# two\nall: at night\na red circle\na blue circle"), "-o", "film.mp4",
+                           "--first-frame", "a.png", *small, "--seed", 0, "--save-latents", "film.safetensors")
+    assert code == 0, err
+    assert "Clip 2 of 2: a blue circle, at night" in err
+    first = ("--steps", 2, "--frames", 8)
+    assert allegro("generate", "a red circle, at night", "--first-frame", "a.png", *first, "--seed", 0, "-o", "1.mp4",
+                   "--save-latents", "1.safetensors")[0] == 0
+    assert allegro("generate", "a blue circle, at night", "--continue-from", "1.safetensors", *small, "--seed", 1, "-o", "2.mp4",
+                   "--save-latents", "2.safetensors")[0] == 0
+    assert torch.equal(load_file("film.safetensors")["latent_tensor"], load_file("2.safetensors")["latent_tensor"])
+    assert read_frames("film.mp4")[0].shape[1] == 12
+    assert read_metadata("film.mp4")["storyboard"] == ["a red circle, at night", "a blue circle, at night"]
+    assert not list(Path().glob("film.part*")), "what the clips were continued from is left behind"
+
+
+def test_a_storyboard_that_fails_says_how_to_go_on(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seeds = AllegroPipeline.sample, []
+
+    def sample(self: AllegroPipeline, prompts: Any, state: Any, **kwargs: Any) -> Any:
+        seeds.append(state.settings.seed)
+        if len(seeds) == 3:
+            raise KeyboardInterrupt
+        return real(self, prompts, state, **kwargs)
+
+    monkeypatch.setattr(AllegroPipeline, "sample", sample)
+    small = ("--steps", 1, "--frames", 8, "--keep-frames", 4)
+    code, _, err = allegro("generate", "--storyboard", story("a\nb\nc"), "-o", "film.mp4", *small)
+    assert (code, seeds) == (130, [42, 43, 44])
+    assert "The first 2 clips are in film.part2.safetensors" in err
+    assert "--seed 44" in err
+    assert [p.name for p in Path().glob("film*")] == ["film.part2.safetensors"]
+    assert load_file("film.part2.safetensors")["latent_tensor"].shape[2] == 3  # 8 + 4 new frames
+    code, _, err = allegro("generate", "--storyboard", story("c"), "--continue-from", "film.part2.safetensors", "--seed", 44,
+                           "-o", "film.mp4", *small)
+    assert code == 0, err
+    assert read_frames("film.mp4")[0].shape[1] == 16
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (("a prompt",), "does not go together with PROMPT"), (("--last-frame", "a.png"), "--last-frame"),
+    (("--resume", "x.safetensors"), "--resume"), (("--storyboard", "none.txt"), "none.txt cannot be read"),
+])
+def test_what_a_storyboard_does_not_go_with_is_refused(allegro: Run, words: tuple[str, ...], told: str) -> None:
+    code, _, err = allegro("generate", "--storyboard", story("a\nb"), "-o", "film.mp4", *words)
+    assert code in (2, 3)
+    assert told in err
+
+
+def test_a_storyboard_needs_the_image_to_video_model(allegro: Run) -> None:
+    code, _, err = allegro("generate", "--storyboard", story("a\nb"), "-o", "film.mp4", model="T2V")
+    assert code == 3
+    assert "is the text-to-video model" in err
+    assert not list(Path().glob("film*"))
