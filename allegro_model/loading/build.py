@@ -14,6 +14,7 @@ from ..config import SAMPLING_88X720P, DiTConfig, VAEConfig
 from ..dit import AllegroDiT, AllegroTI2V
 from ..errors import CheckpointError, CheckpointMismatch
 from ..ops import unfilled
+from ..quantised import can_stay_packed, install
 from ..tensors import check_tensors
 from ..text import TextEncoder, build_text_encoder, has_tokenizer
 from ..vae import VideoVAE
@@ -22,7 +23,7 @@ from .dimensions import dit_config_from_shapes, t5_config_from_shapes, t5_shapes
 from .files import component_folder
 from .lora import apply_loras
 from .released import fetch_part
-from .source import Source, config_of, open_source, read_tensors, with_article
+from .source import Source, config_of, open_source, packed_layouts, read_tensors, with_article
 
 Part = Literal["full", "encoder", "decoder"]
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -36,17 +37,20 @@ def load_dit(
     operations: Any = unfilled,
     config: DiTConfig | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    dequantise: bool = False,
 ) -> AllegroDiT:
     """Loads a transformer: text to video, or `AllegroTI2V` when its tensors say so.
 
     Args:
-        path: a .safetensors file, an index, a folder with them, or the root of a model snapshot.
+        path: a .safetensors or .gguf file, an index, a folder with them, or the root of a model snapshot.
         device: where the weights go. On the CPU, and in the stored type, they stay mapped to the file and
             take memory only as they are used.
-        dtype: type of the weights; default the type most of them are stored in (bfloat16 for float8 files).
+        dtype: type of the weights that are not quantised; default the type most of those are stored in.
         operations: namespace of layer classes; default `torch.nn`'s without their random start values.
         config: sizes and scales; default from the shapes and the config.json beside the weights.
         loras: (path, strength) of LoRAs to merge; see `apply_loras`.
+        dequantise: turn quantised matrices (float8, int8, GGUF) into `dtype`, by default bfloat16. Else the linear
+            layers keep theirs as they are in the file and unpack them at each use (see `QuantisedLayer`).
     Raises:
         CheckpointError: the file cannot be read; UnsupportedCheckpoint: it is something else;
         CheckpointMismatch: it is incomplete, or tensors have other shapes.
@@ -54,7 +58,7 @@ def load_dit(
     source = open_source(path, "allegro-dit", subfolder="transformer")
     config = config or config_of(source, dit_config_from_shapes)
     network = AllegroTI2V if source.info.variant == "ti2v" else AllegroDiT
-    dit = _fill(network(config, operations=operations, device="meta"), source, device, dtype)
+    dit = _fill(network(config, operations=operations, device="meta"), source, device, dtype, dequantise=dequantise)
     apply_loras(dit, loras)
     return dit
 
@@ -86,7 +90,7 @@ def load_vae(
             f"with part={source.info.variant!r}, or use the file with both halves."
         )
     config = config or config_of(source, vae_config_from_shapes)
-    return _fill(VideoVAE(config, part=part, operations=operations, device="meta"), source, device, dtype)
+    return _fill(VideoVAE(config, part=part, operations=operations, device="meta"), source, device, dtype, dequantise=True)
 
 
 def load_text_encoder(
@@ -96,13 +100,14 @@ def load_text_encoder(
     dtype: torch.dtype | None = torch.bfloat16,
     max_length: int | None = None,
     tokenizer: str | Path | None = None,
+    dequantise: bool = False,
 ) -> TextEncoder:
     """Loads a T5 v1.1 text encoder and its tokenizer.
 
     Args:
-        path, device: as in `load_dit`.
-        dtype: type of the weights, the reference's bfloat16 by default; None for the stored one. float16
-            overflows in T5.
+        path, device, dequantise: as in `load_dit`.
+        dtype: type of the weights that are not quantised, and of the computation; the reference's bfloat16 by
+            default, None for the stored one. float16 overflows in T5.
         max_length: tokens per text; default what the model's model_index.json says, else 512.
         tokenizer: folder of the tokenizer; default tokenizer/ in or beside `path`, or `path` itself.
     Raises:
@@ -115,9 +120,9 @@ def load_text_encoder(
     config = config_of(source, t5_config_from_shapes)
     check_tensors(t5_shapes(config), source.shapes, what=f"{path}, {with_article(source.info.title)},")
     max_length = max_length or stated_text_length(Path(path)) or SAMPLING_88X720P.text_length
-    return build_text_encoder(
-        config, read_tensors(source, device=device, dtype=dtype), folder, max_length=max_length
-    )
+    layouts = {} if dequantise else {n: layout for n, layout in packed_layouts(source).items() if len(source.shapes[n]) == 2}
+    tensors = read_tensors(source, device=device, dtype=dtype, keep=layouts)
+    return build_text_encoder(config, tensors, folder, max_length=max_length, layouts=layouts)
 
 
 # Steps of a load
@@ -148,10 +153,14 @@ def _half(source: Source, part: Part) -> Source:
 
 
 def _fill(
-    model: AnyModule, source: Source, device: torch.device | str, dtype: torch.dtype | None
+    model: AnyModule, source: Source, device: torch.device | str, dtype: torch.dtype | None, *, dequantise: bool
 ) -> AnyModule:
     """Compares a model on the meta device with its checkpoint, and gives it the tensors."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors(expected, source.shapes, what=f"{source.path}, {with_article(source.info.title)},")
-    model.load_state_dict(read_tensors(source, device=device, dtype=dtype), strict=True, assign=True)
+    layouts = {} if dequantise else packed_layouts(source)
+    layouts = {name: layout for name, layout in layouts.items() if can_stay_packed(model, name)}
+    state = read_tensors(source, device=device, dtype=dtype, keep=layouts)
+    install(model, layouts, state)
+    model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()

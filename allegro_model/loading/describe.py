@@ -33,7 +33,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     header = read_header(path)
-    info = identify(header.shapes, dtypes=header.dtypes, metadata=header.metadata, config=header.config)
+    info = identify(header.shapes, tensors=header.tensors, metadata=header.metadata, config=header.config)
     return {
         "path": str(path),
         **_describe_info(info),

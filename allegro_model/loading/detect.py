@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from . import keymaps
 from .dimensions import block_count
+from .header import TensorInfo
 from .other_models import UNKNOWN, other_title
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,7 +30,7 @@ class CheckpointInfo:
         variant: "t2v" or "ti2v" for a transformer, "full", "encoder" or "decoder" for a VAE, the size of a
             T5, "ours" or "ours_small" for EMA-VFI; None where there is none.
         title: one line for people; for unknown files it says what they look like.
-        dtypes: storage types, the one with most of the weights first, e.g. ("bfloat16",); empty if not given.
+        dtypes: storage types, the one with most of the weights first, e.g. ("bfloat16",) or ("Q8_0", "float32"); empty if not given.
         num_parameters: numbers in the weights.
         num_bytes: their size; None if the storage types were not given.
         prefix: what stands in front of our names in the file.
@@ -51,7 +50,7 @@ class CheckpointInfo:
 def identify(
     shapes: Shapes,
     *,
-    dtypes: Mapping[str, torch.dtype] | None = None,
+    tensors: Mapping[str, TensorInfo] | None = None,
     metadata: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> CheckpointInfo:
@@ -59,14 +58,14 @@ def identify(
 
     Args:
         shapes: tensor name -> shape, names as in the file.
-        dtypes: tensor name -> storage type.
+        tensors: tensor name -> how it is stored; adds types and sizes to the answer.
         metadata, config: of the file; used only to say more about unknown ones.
     """
     groups = keymaps.split_prefixes(shapes)
     lora = _lora_title(shapes)
     if lora is not None:
-        return _info("lora", None, lora, "", {name: name for name in shapes}, shapes, dtypes)
-    parts = [_identify_group(prefix, names, shapes, dtypes) for prefix, names in groups.items()]
+        return _info("lora", None, lora, "", {name: name for name in shapes}, shapes, tensors)
+    parts = [_identify_group(prefix, names, shapes, tensors) for prefix, names in groups.items()]
     known = [part for part in parts if part.family != "unknown"]
     if len(parts) == 1:
         found = parts[0]
@@ -78,7 +77,7 @@ def identify(
             "",
             {name: name for name in shapes},
             shapes,
-            dtypes,
+            tensors,
         )
         found = replace(found, parts=tuple(known))
     if not shapes:
@@ -89,7 +88,7 @@ def identify(
 
 
 def _identify_group(
-    prefix: str, names: Mapping[str, str], shapes: Shapes, dtypes: Mapping[str, torch.dtype] | None
+    prefix: str, names: Mapping[str, str], shapes: Shapes, tensors: Mapping[str, TensorInfo] | None
 ) -> CheckpointInfo:
     local = {
         stripped: shapes[name] for stripped, name in names.items() if not keymaps.is_quant_name(stripped)
@@ -98,8 +97,8 @@ def _identify_group(
         found = recognise(local)
         if found is not None:
             family, variant, title = found
-            return _info(family, variant, title, prefix, names, shapes, dtypes)
-    return _info("unknown", None, other_title(local), prefix, names, shapes, dtypes)
+            return _info(family, variant, title, prefix, names, shapes, tensors)
+    return _info("unknown", None, other_title(local), prefix, names, shapes, tensors)
 
 
 def _info(
@@ -109,7 +108,7 @@ def _info(
     prefix: str,
     names: Mapping[str, str],
     shapes: Shapes,
-    dtypes: Mapping[str, torch.dtype] | None,
+    tensors: Mapping[str, TensorInfo] | None,
 ) -> CheckpointInfo:
     """Adds the sums; the two names of the T5 embedding are one tensor and count once."""
     tied = "encoder.embed_tokens.weight" if family == "t5-encoder" and "shared.weight" in names else None
@@ -120,16 +119,16 @@ def _info(
             continue
         count = math.prod(shapes[name])
         num_parameters += count
-        if dtypes is not None:
-            elements[str(dtypes[name]).removeprefix("torch.")] += count
-            num_bytes += count * dtypes[name].itemsize
+        if tensors is not None:
+            elements[tensors[name].stored_as] += count
+            num_bytes += tensors[name].num_bytes
     return CheckpointInfo(
         family,
         variant,
         title,
         tuple(kind for kind, _ in elements.most_common()),
         num_parameters,
-        num_bytes if dtypes is not None else None,
+        num_bytes if tensors is not None else None,
         prefix,
     )
 

@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, CheckpointMismatch, UnsupportedCheckpoint
-from .header import TensorInfo, read_file_header
+from .gguf import SUFFIX as GGUF_SUFFIX
+from .gguf import is_gguf, map_gguf, read_gguf_header
+from .header import FileHeader, TensorInfo, read_file_header
 from .released import COMMAND, fetch_part
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -22,6 +24,7 @@ _SHARED_COMPONENTS = ("vae", "text_encoder", "tokenizer")
 INDEX_SUFFIX = ".index.json"
 # The names under which models are published; they win when a folder holds several files.
 _PUBLISHED = ("diffusion_pytorch_model", "model")
+WEIGHTS = (".safetensors", GGUF_SUFFIX)
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _MAX_JSON_BYTES = 50_000_000  # the index of the largest public models is below 1 MB
 
@@ -34,7 +37,7 @@ class Header:
         tensors: name -> shape and storage type.
         metadata: the `__metadata__` of the files, first file first.
         config: the `config.json` (or NAME.config.json) that belongs to the weights, else the JSON in metadata["config"], else None.
-        files: the safetensors files, in the order of their names.
+        files: the files of weights, in the order of their names.
         shards: tensor name -> the file that holds it.
     """
 
@@ -47,10 +50,6 @@ class Header:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        return {name: info.dtype for name, info in self.tensors.items()}
 
     @property
     def num_bytes(self) -> int:
@@ -78,12 +77,12 @@ def read_header(path: str | Path, *, subfolder: str | None = None) -> Header:
     """Reads and checks the headers of a checkpoint; takes milliseconds whatever its size.
 
     Args:
-        path: a .safetensors file, an index (`*.index.json`), a folder that holds one of them, or the root of
-            a model snapshot (then `subfolder` chooses the component).
+        path: a .safetensors or .gguf file, an index (`*.index.json`), a folder that holds one of them, or the root
+            of a model snapshot (then `subfolder` chooses the component).
         subfolder: used when `path` is a folder that contains it, e.g. "transformer".
     Raises:
         CheckpointError: the path, or a shard an index lists, does not exist or cannot be opened.
-        UnsupportedCheckpoint: something else than sound safetensors, or a folder where it is not clear what
+        UnsupportedCheckpoint: something else than sound safetensors or GGUF, or a folder where it is not clear what
             to load.
         CheckpointMismatch: shards that do not hold what their index lists.
     """
@@ -97,7 +96,7 @@ def read_header(path: str | Path, *, subfolder: str | None = None) -> Header:
     metadata: dict[str, str] = {}
     shards: dict[str, Path] = {}
     for file in files:
-        header = read_file_header(file)
+        header = read_any_header(file)
         for name in header.tensors.keys() & tensors.keys():
             raise CheckpointMismatch(
                 f"tensor {name} is in {shards[name].name} and in {file.name} of {file.parent}. "
@@ -114,6 +113,11 @@ def read_header(path: str | Path, *, subfolder: str | None = None) -> Header:
             "downloads; download all of them again."
         )
     return Header(tensors, metadata, _find_config(files, metadata), files, shards)
+
+
+def read_any_header(path: Path) -> FileHeader:
+    """The header of one file, safetensors or GGUF by its first bytes; see `read_file_header`, `read_gguf_header`."""
+    return read_gguf_header(path) if is_gguf(path) else read_file_header(path)
 
 
 def read_checkpoint(
@@ -135,9 +139,13 @@ def read_checkpoint(
 
 
 def map_tensors(header: Header, *, only: Callable[[str], bool] | None = None) -> dict[str, torch.Tensor]:
-    """Maps the tensors of a checked header, in the order of the files."""
+    """Maps the tensors of a checked header, in the order of the files; packed ones as uint8 [rows, bytes]."""
     tensors: dict[str, torch.Tensor] = {}
     for file in header.files:
+        if is_gguf(file):
+            found = read_gguf_header(file)
+            tensors |= map_gguf(file, found, (name for name in found.tensors if only is None or only(name)))
+            continue
         try:
             with safe_open(file, framework="pt", device="cpu") as handle:
                 for name in handle.keys():
@@ -227,7 +235,7 @@ def _locate(path: Path, subfolder: str | None) -> tuple[tuple[Path, ...], dict[s
     """(safetensors files in the order of their names, {tensor: file} as an index lists them)."""
     if not path.exists():
         raise CheckpointError(
-            f"{path} does not exist. Give a .safetensors file, or the folder of a model. The released ones are fetched "
+            f"{path} does not exist. Give a .safetensors or .gguf file, or the folder of a model. The released ones are fetched "
             f"with: {COMMAND}"
         )
     if path.is_file() and path.name.endswith(INDEX_SUFFIX):
@@ -248,13 +256,14 @@ def _locate(path: Path, subfolder: str | None) -> tuple[tuple[Path, ...], dict[s
 def _from_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, Path]]:
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     indexes = [name for name in names if name.endswith(".safetensors" + INDEX_SUFFIX)]
-    singles = [name for name in names if name.endswith(".safetensors") and not _SHARD.fullmatch(name)]
+    singles = [name for name in names if name.endswith(WEIGHTS) and not _SHARD.fullmatch(name)]
     groups = {match["stem"]: match["total"] for match in map(_SHARD.fullmatch, names) if match}
     for stem in _PUBLISHED:
         if f"{stem}.safetensors{INDEX_SUFFIX}" in indexes:
             return _from_index(folder / f"{stem}.safetensors{INDEX_SUFFIX}")
-        if f"{stem}.safetensors" in singles:
-            return (folder / f"{stem}.safetensors",), {}
+        for name in (stem + suffix for suffix in WEIGHTS):
+            if name in singles:
+                return (folder / name,), {}
     if len(indexes) == 1:
         return _from_index(folder / indexes[0])
     if len(singles) == 1 and not groups:
@@ -283,7 +292,7 @@ def _explain_folder(folder: Path, names: list[str], candidates: list[str]) -> st
             "Pickles can run code when they are opened and are never read here; download the safetensors files."
         )
     return (
-        f"{folder} holds no safetensors file. Give the folder that has the weights, or download them into it."
+        f"{folder} holds no .safetensors or .gguf file. Give the folder that has the weights, or download them into it."
     )
 
 
@@ -331,7 +340,7 @@ def _find_config(files: tuple[Path, ...], metadata: Mapping[str, str]) -> dict[s
         return read_json(own)
     beside = folder / "config.json"
     if beside.is_file():
-        others = [entry for entry in folder.glob("*.safetensors") if entry not in files]
+        others = [entry for suffix in WEIGHTS for entry in folder.glob("*" + suffix) if entry not in files]
         if not others or files[0].name.startswith(tuple(stem + end for stem in _PUBLISHED for end in ".-")):
             return read_json(beside)
     if "config" in metadata:

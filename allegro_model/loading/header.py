@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, UnsupportedCheckpoint
+from ..quantised import Layout
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _SNIFF_BYTES = 1024
@@ -30,10 +31,17 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and storage type of one tensor, known without reading it."""
+    """Shape and storage type of one tensor, known without reading it.
+
+    Attributes:
+        shape: of what it stands for.
+        dtype: of its elements; uint8 for one that is packed in blocks.
+        layout: of the blocks; None for ordinary tensors.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    layout: Layout | None = None
 
     @property
     def num_elements(self) -> int:
@@ -41,12 +49,19 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        if self.layout is not None:
+            return self.layout.row_bytes(self.num_elements)
         return self.num_elements * self.dtype.itemsize
+
+    @property
+    def stored_as(self) -> str:
+        """For people: "bfloat16", "Q8_0"."""
+        return self.layout.name if self.layout is not None else str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What one safetensors file says about itself."""
+    """What one file of weights says about itself."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -71,7 +86,7 @@ def read_file_header(path: Path) -> FileHeader:
             if start[8:9] != b"{" or length > MAX_HEADER_BYTES:
                 raise UnsupportedCheckpoint(_explain_foreign(path, start, size))
             if 8 + length > size:
-                raise _truncated(path, 8 + length, size)
+                raise truncated(path, 8 + length, size)
             file.seek(8)
             raw = file.read(length)
     except OSError as error:
@@ -93,15 +108,15 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not valid JSON ({error})") from error
+        raise damaged(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
+        raise damaged(path, "its header is not a JSON object")
     return header
 
 
 def _parse_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its metadata is not a table of strings")
+        raise damaged(path, "its metadata is not a table of strings")
     return metadata
 
 
@@ -118,39 +133,39 @@ def _parse_tensors(path: Path, header: dict[str, Any], data_start: int, size: in
     for begin, end, name in sorted(spans):
         if begin != position:
             problem = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
-            raise _damaged(path, f"tensor {_short(name)} {problem}")
+            raise damaged(path, f"tensor {short(name)} {problem}")
         position = end
     if position > data_bytes:
-        raise _truncated(path, data_start + position, size)
+        raise truncated(path, data_start + position, size)
     if position < data_bytes:
-        raise _damaged(path, f"{data_bytes - position} bytes follow the last tensor")
+        raise damaged(path, f"{data_bytes - position} bytes follow the last tensor")
     return tensors
 
 
 def _parse_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
     if not isinstance(entry, dict):
-        raise _damaged(path, f"the entry of tensor {_short(name)} is not a JSON object")
+        raise damaged(path, f"the entry of tensor {short(name)} is not a JSON object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UnsupportedCheckpoint(
-            f"{path}: tensor {_short(name)} is stored as {_short(dtype)}, expected one of "
+            f"{path}: tensor {short(name)} is stored as {short(dtype)}, expected one of "
             f"{', '.join(DTYPES)}. "
             "Use a bf16, fp16, fp32 or fp8 version of the file."
         )
     if not isinstance(shape, list) or not _are_sizes(shape):
-        raise _damaged(path, f"tensor {_short(name)} has the shape {_short(shape)}")
+        raise damaged(path, f"tensor {short(name)} has the shape {short(shape)}")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not _are_sizes(offsets)
         or offsets[0] > offsets[1]
     ):
-        raise _damaged(path, f"tensor {_short(name)} has the offsets {_short(offsets)}")
+        raise damaged(path, f"tensor {short(name)} has the offsets {short(offsets)}")
     info = TensorInfo(tuple(shape), DTYPES[dtype])
     if info.num_bytes != offsets[1] - offsets[0]:
-        raise _damaged(
+        raise damaged(
             path,
-            f"tensor {_short(name)} of shape {list(shape)} and type {dtype} needs "
+            f"tensor {short(name)} of shape {list(shape)} and type {dtype} needs "
             f"{info.num_bytes} bytes, the header gives it {offsets[1] - offsets[0]}",
         )
     return info, offsets[0], offsets[1]
@@ -161,16 +176,19 @@ def _are_sizes(values: list[Any]) -> bool:
     return all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value of a file in a message, whatever its length."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _damaged(path: Path, why: str) -> UnsupportedCheckpoint:
-    return UnsupportedCheckpoint(f"{path} is not a valid safetensors file: {why}. Download it again.")
+def damaged(path: Path, why: str, *, kind: str = "safetensors") -> UnsupportedCheckpoint:
+    """The error for a header that contradicts itself."""
+    return UnsupportedCheckpoint(f"{path} is not a valid {kind} file: {why}. Download it again.")
 
 
-def _truncated(path: Path, expected: int, found: int) -> UnsupportedCheckpoint:
+def truncated(path: Path, expected: int, found: int) -> UnsupportedCheckpoint:
+    """The error for a file that ends too early."""
     return UnsupportedCheckpoint(
         f"{path} is truncated: it has {found:,} bytes, its header announces at least {expected:,}. "
         "The download was probably interrupted; download the file again."
@@ -206,8 +224,6 @@ def _explain_foreign(path: Path, start: bytes, size: int) -> str:
             "Pickles can run code when they are opened and are never read here; download the safetensors "
             "version, or convert an EMA-VFI checkpoint with: allegro convert-vfi IN.pkl OUT.safetensors."
         )
-    if start.startswith(b"GGUF"):
-        return f"{path} is a GGUF file, {want}. Use the safetensors version of the model here."
     if text.startswith((b"{", b"[")):
         return f"{path} is a JSON text, {want}. Choose the file of weights, or the folder that holds it."
     if size < 9:

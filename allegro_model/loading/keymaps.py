@@ -41,6 +41,25 @@ T5_TIED = ("encoder.embed_tokens.weight", "shared.weight")
 _T5_UNUSED = re.compile(r"lm_head\..*|decoder\..*")
 # Buffers that the reference's attention leaves in its checkpoints, with the shape of the last picture it saw.
 _VFI_BUFFERS = re.compile(r"(.*\.)?(attn_mask|HW)")
+# The names of T5 in GGUF files, which llama.cpp gave them: in theirs -> in ours.
+T5_GGUF_ARCHITECTURES = ("t5", "t5encoder")
+_T5_GGUF = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+}
+_T5_GGUF_BLOCK = {
+    "attn_q": "0.SelfAttention.q",
+    "attn_k": "0.SelfAttention.k",
+    "attn_v": "0.SelfAttention.v",
+    "attn_o": "0.SelfAttention.o",
+    "attn_rel_b": "0.SelfAttention.relative_attention_bias",
+    "attn_norm": "0.layer_norm",
+    "ffn_gate": "1.DenseReluDense.wi_0",
+    "ffn_up": "1.DenseReluDense.wi_1",
+    "ffn_down": "1.DenseReluDense.wo",
+    "ffn_norm": "1.layer_norm",
+}
+_T5_TO_GGUF, _T5_TO_GGUF_BLOCK = ({ours: theirs for theirs, ours in table.items()} for table in (_T5_GGUF, _T5_GGUF_BLOCK))
 _LOGIT_SCALE = "logit_scale"  # ComfyUI keeps one beside every text encoder it saves
 
 
@@ -117,3 +136,23 @@ def native_shape(name: str, shape: tuple[int, ...], family: str) -> tuple[int, .
 def native_tensor(name: str, tensor: Tensor, family: str) -> Tensor:
     """The tensor under our name, a view; see `native_shape`."""
     return tensor.reshape(native_shape(name, tuple(tensor.shape), family))
+
+
+def t5_name(name: str) -> str:
+    """The published name of a T5 tensor in a GGUF file; a name of another kind stays."""
+    if name.startswith("dec."):
+        return "decoder." + name.removeprefix("dec.")  # left out as the decoder of other files is
+    stem, _, end = name.rpartition(".")
+    match = re.fullmatch(r"enc\.blk\.(\d{1,6})\.(\w+)", stem)
+    if match and match[2] in _T5_GGUF_BLOCK:
+        return f"encoder.block.{match[1]}.layer.{_T5_GGUF_BLOCK[match[2]]}.{end}"
+    return f"{_T5_GGUF.get(stem, stem)}.{end}"
+
+
+def t5_gguf_name(name: str) -> str:
+    """The reverse of `t5_name`."""
+    stem, _, end = name.rpartition(".")
+    match = re.fullmatch(r"encoder\.block\.(\d{1,6})\.layer\.(.+)", stem)
+    if match and match[2] in _T5_TO_GGUF_BLOCK:
+        return f"enc.blk.{match[1]}.{_T5_TO_GGUF_BLOCK[match[2]]}.{end}"
+    return f"{_T5_TO_GGUF.get(stem, stem)}.{end}"

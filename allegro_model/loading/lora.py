@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, CheckpointMismatch, ScheduleError, UnsupportedCheckpoint
+from ..quantised import QuantisedLinear, weight_shapes
 from ..tensors import shorten
 from .defaults import bundled_loras
 from .detect import identify
@@ -186,7 +187,8 @@ def apply_loras(
     """Merges LoRAs into the weights of a model.
 
     The sum is made in float32 and rounded once. Only the weights that change are replaced, by new tensors; what
-    they were mapped from is never written to.
+    they were mapped from is never written to. Quantised matrices stay as they are; the two factors of a LoRA are kept
+    beside them (see `QuantisedLinear.add_low_rank`).
 
     Args:
         model: a transformer of any variant; its parameters are replaced.
@@ -196,13 +198,18 @@ def apply_loras(
         ScheduleError: a strength that is no finite number. CheckpointError and its kinds: as in `read_lora`.
     """
     state = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = weight_shapes(model)
     changes: dict[str, list[tuple[LoraLayer, float]]] = defaultdict(list)
     for path, strength in loras:
         check_strength(strength)
         for name, layer in read_lora(path, shapes).items():
             if strength:
                 changes[name].append((layer, strength))
+    for name in list(changes):
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, QuantisedLinear):
+            for layer, strength in changes.pop(name):
+                module.add_low_rank(layer.down.flatten(1), layer.up.flatten(1), strength * layer.scale)
     merged = {name: merge(state[name], added).to(dtype or state[name].dtype) for name, added in changes.items()}
     model.load_state_dict(merged, strict=False, assign=True)
 
@@ -257,7 +264,7 @@ def _layer_of(stem: str, layers: set[str], flat: Mapping[str, list[str]]) -> str
 
 
 def _check_kind(path: Path, header: Header) -> None:
-    info = identify(header.shapes, dtypes=header.dtypes, metadata=header.metadata, config=header.config)
+    info = identify(header.shapes, tensors=header.tensors, metadata=header.metadata, config=header.config)
     if info.family != "lora":
         raise UnsupportedCheckpoint(
             f"{path} is {with_article(info.title)}; expected a LoRA for Allegro. It holds "
@@ -288,7 +295,7 @@ def _explain_no_match(path: Path, header: Header, layers: Shapes) -> str:
 
 def _check_parts(path: Path, header: Header, parts: Parts, layers: Shapes) -> None:
     """Every layer has both factors, and they fit the weight and each other."""
-    check_storage({name: header.tensors[name] for names in parts.values() for name in names.values()})
+    check_storage({name: name for names in parts.values() for name in names.values()}, header.tensors)
     incomplete = [
         f"{layer} has no {' and no '.join(lacking)}"
         for layer, names in sorted(parts.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, UnsupportedCheckpoint
+from ..quantised import Layout
 from ..tensors import shorten
 from . import keymaps
 from .detect import MARKS, CheckpointInfo, identify
 from .files import Header, map_tensors, read_header
-from .quant import check_storage, common_dtype, companions, dequantise
+from .quant import check_storage, common_dtype, companions, dequantise, layout_of, packed
 
 Config = TypeVar("Config")
 
@@ -59,7 +60,7 @@ def open_source(path: str | Path, family: str, *, subfolder: str | None = None) 
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: as in `load_dit`.
     """
     header = read_header(path, subfolder=subfolder)
-    info = identify(header.shapes, dtypes=header.dtypes, metadata=header.metadata, config=header.config)
+    info = identify(header.shapes, tensors=header.tensors, metadata=header.metadata, config=header.config)
     found = next((part for part in (info, *info.parts) if part.family == family), None)
     if found is None:
         raise UnsupportedCheckpoint(
@@ -75,7 +76,7 @@ def open_source(path: str | Path, family: str, *, subfolder: str | None = None) 
     shapes = {
         ours: keymaps.native_shape(ours, header.tensors[name].shape, family) for ours, name in names.items()
     }
-    check_storage({name: header.tensors[name] for name in names.values()})
+    check_storage(names, header.tensors)
     return Source(Path(path), header, found, names, shapes)
 
 
@@ -92,23 +93,44 @@ def config_of(source: Source, derive: Callable[..., Config]) -> Config:
         raise type(error)(f"{source.path}: {error}") from error
 
 
+def packed_layouts(source: Source) -> dict[str, Layout]:
+    """How the packed tensors of a source are packed: our name -> layout; ordinary ones are left out."""
+    found = {ours: layout_of(name, source.header.tensors) for ours, name in source.names.items()}
+    return {ours: layout for ours, layout in found.items() if layout is not None}
+
+
 def read_tensors(
-    source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    source: Source,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    keep: Container[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of a source under our names.
 
     Args:
         source: of `open_source`.
         device: where they go; on the CPU and in the stored type they stay mapped.
-        dtype: their type; default the one most of them are stored in, bfloat16 for float8 files.
+        dtype: type of what is not kept packed; default the one most of it is stored in (see `common_dtype`).
+        keep: our names of packed matrices that stay packed, int8 [rows, bytes]; the scale that lies beside one is
+            added under the name X.weight_scale.
     """
-    target = dtype or common_dtype({name: source.header.tensors[name] for name in source.names.values()})
+    infos = source.header.tensors
+    target = dtype or common_dtype(source.names, infos, kept=any(ours in keep for ours in source.names))
+    layouts = packed_layouts(source)
     state: dict[str, Tensor] = {}
     for batch in _batches(source):
         wanted = {name for original in batch.values() for name in (original, *companions(original))}
         mapped = map_tensors(source.header, only=wanted.__contains__)
         for ours, name in batch.items():
-            tensor = dequantise(name, mapped[name], mapped, target)
+            layout = layouts.get(ours)
+            if layout is not None and ours in keep:
+                stored, scale = packed(name, mapped, layout)
+                state[ours] = stored.to(device)
+                if scale is not None:
+                    state[f"{ours}_scale"] = scale.to(device)
+                continue
+            tensor = dequantise(name, mapped, infos[name], layout, target)
             state[ours] = keymaps.native_tensor(ours, tensor, source.info.family).to(device)
     return state
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointMismatch, MissingDependency, TextError, UnsupportedCheckpoint
+from ..quantised import Layout, install
 from ..tensors import check_tensors
 from .tokenizer import Tokenizer, load_tokenizer
 from .unicode_repair import join_surrogates
@@ -116,6 +117,7 @@ def build_text_encoder(
     tokenizer_folder: str | Path,
     *,
     max_length: int = REFERENCE_LENGTH,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> TextEncoder:
     """A text encoder that uses the given tensors themselves: nothing is copied, so they may be mapped from a file.
 
@@ -125,6 +127,7 @@ def build_text_encoder(
             the reference; float16 overflows in T5). The embedding may be there under either or both of its two names.
         tokenizer_folder: see `load_tokenizer`.
         max_length: see `TextEncoder`.
+        layouts: of the matrices among `tensors` that are packed; they stay so (see `QuantisedLayer`).
     Raises:
         MissingDependency: transformers, or the library the tokenizer needs, is not installed.
         UnsupportedCheckpoint: `config` lacks a size.
@@ -134,7 +137,7 @@ def build_text_encoder(
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     model = _empty_model(config)
-    _assign(model, tensors)
+    _assign(model, tensors, layouts or {})
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocabulary_size > rows:
         raise CheckpointMismatch(
@@ -164,15 +167,20 @@ def _empty_model(config: Mapping[str, Any]) -> Any:
         return T5EncoderModel(T5Config(**known, dropout_rate=0.0, use_cache=False, is_encoder_decoder=False))
 
 
-def _assign(model: Any, tensors: Mapping[str, Tensor]) -> None:
+def _assign(model: Any, tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -> None:
     """Puts the tensors in the place of the model's parameters, strictly."""
     state = dict(tensors)
     alias = state.pop(_EMBEDDING_ALIAS, None)
     if alias is not None:
         state.setdefault(_EMBEDDING, alias)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name != _EMBEDDING_ALIAS}
-    check_tensors(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, what="the text encoder")
-    model.load_state_dict({**state, _EMBEDDING_ALIAS: state[_EMBEDDING]}, strict=True, assign=True)
+    install(model, layouts, state)
     # Versions of transformers differ in whether the two names are one module.
+    model.set_input_embeddings(model.shared)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+                if not name.startswith(_EMBEDDING_ALIAS)}
+    check_tensors(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, what="the text encoder")
+    aliases = {name.replace(_EMBEDDING, _EMBEDDING_ALIAS): tensor for name, tensor in state.items()
+               if name.startswith(_EMBEDDING)}
+    model.load_state_dict(state | aliases, strict=True, assign=True)
     model.set_input_embeddings(model.shared)
     model.requires_grad_(False).eval()

@@ -109,7 +109,7 @@ def train(workers: Workers, task: Task) -> None:
 
 def _frozen(root: Path, device: str) -> Any:
     """The transformer without gradients of its own, as its size allows: float32, or bfloat16 with less to keep."""
-    dit = load_dit(root)
+    dit = load_dit(root, dequantise=True)
     if isinstance(dit, AllegroTI2V):
         raise UnsupportedCheckpoint(f"{root} is the image-to-video variant, which this training has no clips for; "
                                     "expected a text-to-video model. Its LoRAs fit image to video as well.")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "allegro_model"
 
 BASE = {"errors", "config", "atomic"}
-SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs"}
+SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs", "quantised"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
 PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "compiling", "conditioning", "joining", "prompt_store"}
 COMMANDS = PIPELINE | {"pipeline", "latents", "download", "client"}
@@ -24,6 +24,7 @@ ALLOWED = {
     "geometry": BASE,
     "costs": BASE | {"geometry"},
     "tensors": BASE,
+    "quantised": BASE,
     "conditioning": BASE | {"geometry"},
     "joining": BASE,
     "dit": SHARED,

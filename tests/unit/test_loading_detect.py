@@ -18,6 +18,7 @@ from allegro_model.loading.dimensions import (
     t5_shapes,
     vae_config_from_shapes,
 )
+from allegro_model.loading.header import TensorInfo
 
 MANIFESTS = Path(__file__).parents[1] / "data" / "manifests"
 RELEASED = PRESETS["88x720P"]
@@ -60,7 +61,8 @@ def test_published_layouts(name, family, variant, words, prefix):
 def test_sizes_and_types():
     shapes = shapes_of("dit_t2v")
     info = identify(
-        shapes, dtypes={name: torch.float32 if name.endswith("bias") else torch.bfloat16 for name in shapes}
+        shapes, tensors={name: TensorInfo(shape, torch.float32 if name.endswith("bias") else torch.bfloat16)
+                         for name, shape in shapes.items()}
     )
     assert info.dtypes == ("bfloat16", "float32")
     biases = sum(shape[0] for name, shape in shapes.items() if name.endswith("bias"))

@@ -112,7 +112,12 @@ def test_float8_file(tmp_path, state, scaled):
             stored[name] = tensor.half()
     if scaled:
         stored["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
-    loaded = load_text_encoder(write_snapshot(tmp_path, stored), dtype=torch.float32).model.state_dict()
+    root = write_snapshot(tmp_path, stored)
+    encoder = load_text_encoder(root, dtype=torch.float32, dequantise=True)
+    loaded = encoder.model.state_dict()
+    kept = load_text_encoder(root, dtype=torch.float32)
+    assert kept.model.state_dict()["encoder.block.0.layer.1.DenseReluDense.wo.weight"].dtype == torch.int8
+    assert torch.allclose(kept.encode(["a b"])[0], encoder.encode(["a b"])[0], atol=1e-6)
     for name, tensor in state.items():
         assert (loaded[name] - tensor).abs().max() <= 0.07 * tensor.abs().max()
 

@@ -275,7 +275,7 @@ def test_a_loader_merges_into_dequantised_weights(tmp_path: Path, file: Callable
     write(tmp_path / "fp8" / "diffusion_pytorch_model.safetensors", scaled)
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(DIT.to_dict()))
     path = file(DIALECTS["bare"])
-    plain, merged = load_dit(tmp_path / "fp8"), load_dit(tmp_path / "fp8", loras=[(path, 2.0)])
+    plain, merged = (load_dit(tmp_path / "fp8", loras=loras, dequantise=True) for loras in ([], [(path, 2.0)]))
     assert plain.state_dict()[name].dtype == torch.bfloat16
     expected = by_hand(plain, 2.0)
     assert all(torch.equal(weight, expected[n]) for n, weight in merged.state_dict().items() if n != f"{CONV}.weight")
