@@ -45,7 +45,7 @@ def submit(job: Job) -> None:
     servers = [ComfyServer(url) for url in args.server or [SERVER]]
     with StatusLine(job.console) as line:
         watcher = _Console(job, line, len(runs))
-        batch = Batch(runs, servers, Path(args.output), force=job.force, watcher=watcher,
+        batch = Batch(runs, servers, Path(args.output), force=job.force, again=args.again, watcher=watcher,
                       limits=Limits(args.retries, args.timeout, args.patience))
         if len(batch.jobs) < len(runs):
             job.console.say(f"{len(runs) - len(batch.jobs)} jobs are equal to others and are not done again.")
@@ -53,6 +53,9 @@ def submit(job: Job) -> None:
         job.report.stage = "waiting for the results" if args.wait else "submitting"
         try:
             batch.run() if args.wait else batch.submit()
+        except KeyboardInterrupt:
+            job.remarks.append("What is done is kept: the same command does the rest.")
+            raise
         finally:
             job.report.facts["jobs"] = [_facts(run) for run in batch.jobs]
     _raise_failures([run for run in batch.jobs if run.error is not None], len(batch.jobs))
@@ -158,7 +161,7 @@ class _Console(Watcher):
                 if self.total > 1:  # a single one is explained at the end
                     self._line.error(f"{job.name}: failed{count}: {job.error}")
             elif not job.server:
-                self._line.say(f"{job.name}: was done before{count}; --force does it again")
+                self._line.say(f"{job.name}: was done before{count}; --again does it again")
             else:
                 self._line.say(f"{job.name}: done in {duration(job.seconds)} at {job.server}{count}")
             if job.error is None and not job.files:

@@ -44,7 +44,8 @@ def add_submit(commands: argparse._SubParsersAction[Parser]) -> None:
     group = parser.add_argument_group("results")
     group.add_argument("-o", "--output", metavar="DIR", default="outputs", help="folder for them (default outputs)")
     group.add_argument("--name", metavar="NAME", help="of the result, without extension; default made of the prompt")
-    group.add_argument("--force", action="store_true", help="do finished jobs again, and replace existing files")
+    group.add_argument("--force", action="store_true", help="replace existing files")
+    group.add_argument("--again", action="store_true", help="do finished jobs again")
     group.add_argument("--preview", metavar="FILE", help="a picture that shows the latest preview, written anew at every step")
     add_report(parser)
 

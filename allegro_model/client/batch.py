@@ -20,10 +20,8 @@ from ..errors import (
     AllegroError,
     Cancelled,
     OutputError,
-    PromptRefused,
     RunFailed,
     RunInterrupted,
-    RunLost,
     ServerError,
     ServerUnreachable,
 )
@@ -91,16 +89,18 @@ class Batch:
         servers: at least one.
         folder: for the results and the journal; it is made if need be.
         limits: when to give up.
-        force: do finished jobs again and replace existing files.
+        force: existing files may be replaced.
+        again: do finished jobs again.
         watcher: is told what happens.
     """
 
     def __init__(self, jobs: Sequence[Job], servers: Sequence[ComfyServer], folder: Path, *, limits: Limits | None = None,
-                 force: bool = False, watcher: Watcher | None = None) -> None:
+                 force: bool = False, again: bool = False, watcher: Watcher | None = None) -> None:
         self.jobs = list({job.key: job for job in jobs}.values())
         self.folder = Path(folder)
         self._limits = limits or Limits()
         self._force = force
+        self._again = again
         self._watcher = watcher or Watcher()
         self._lanes = list({server.url: _Lane(server) for server in servers}.values())
         self._changed = threading.Condition()
@@ -171,12 +171,12 @@ class Batch:
             for job in self.jobs:
                 known = journal.of(job.key)
                 paths = [self.folder / name for name in known.files]
-                if known.done and not self._force and all(path.is_file() for path in paths):
+                if known.done and not self._again and all(path.is_file() for path in paths):
                     job.files = paths
                     self._watcher.ended(job)
                     continue
                 self._check_free(job, known.files)
-                job.runs = {} if self._force else dict(known.runs)
+                job.runs = {} if self._again else dict(known.runs)
                 self._open.append(job)
             yield journal
         finally:
@@ -318,7 +318,7 @@ class Batch:
             self._leave(lane, job, journal)
         except OutputError:
             raise
-        except (PromptRefused, ServerError, AllegroError) as error:
+        except AllegroError as error:
             self._failed(lane, job, journal, error)
         else:
             job.error, job.seconds = None, time.monotonic() - started
@@ -328,7 +328,7 @@ class Batch:
         job.error = error
         job.runs.pop(lane.url, None)
         journal.failed(job.key, lane.url, str(error))
-        again = isinstance(error, RunFailed | RunLost) and not isinstance(error, RunInterrupted)
+        again = isinstance(error, ServerError) and not isinstance(error, RunInterrupted)
         if again and job.submissions <= self._limits.retries:
             self._watcher.remark(f"{job.name} is tried again: {error}")
             self._give_back(lane, job, first=False)

@@ -327,6 +327,8 @@ def test_finished_work_is_not_done_again(comfy: FakeComfy, tmp_path: Path) -> No
     assert contents(run(jobs("a"), [comfy], tmp_path)) == [text("a")]
     assert comfy.runs == ["a", "b", "c"], "the server still has it"
     run(jobs("a"), [comfy], tmp_path, force=True)
+    assert comfy.runs == ["a", "b", "c"]
+    run(jobs("a"), [comfy], tmp_path, again=True)
     assert comfy.runs == ["a", "b", "c", "a"]
 
 
@@ -476,11 +478,19 @@ def test_ctrl_c_cancels_the_own_run_without_pytorch(comfy: FakeComfy, tmp_path: 
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
     assert "Cancelled" in err
+    assert "the same command does the rest" in err
     assert "Traceback" not in err
     assert comfy.runs == ["hold", "forever"]
     assert ComfyServer(comfy.url).wait(other)
     assert comfy.runs == ["hold", "forever"]
     assert [found["status"]["status_str"] for found in comfy.history.values()] == ["success", "error"]
+
+
+def test_the_package_gives_its_names_without_loading_pytorch_before() -> None:
+    code = ("import sys, allegro_model, allegro_model.client\nassert not {'torch', 'numpy'} & set(sys.modules)\n"
+            "for name in allegro_model.__all__: assert getattr(allegro_model, name)\n"
+            "assert 'torch' in sys.modules\nassert not hasattr(allegro_model, 'Allegro')")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_watcher_may_do_nothing(comfy: FakeComfy, tmp_path: Path) -> None:
