@@ -270,8 +270,8 @@ def test_the_copy_of_a_run_that_was_taken_over_is_cancelled(pair: tuple[FakeComf
 @pytest.mark.parametrize("fault", ["500", "reset", "deaf", "503"])
 @pytest.mark.parametrize("request_", ["POST /prompt", "GET /view", "GET /queue", "GET *"])
 def test_nothing_is_done_twice_when_an_answer_is_lost(comfy: FakeComfy, tmp_path: Path, request_: str, fault: str) -> None:
-    threading.Timer(0.02, lambda: comfy.faults.update({request_: [fault, fault]})).start()
-    comfy.step_seconds = 0.02
+    first = [] if request_ in ("POST /prompt", "GET /view") else [""]  # the question at the start, whether anybody is there
+    comfy.faults[request_] = [*first, fault, fault]
     found = run(jobs("a", "b"), [comfy], tmp_path)
     assert contents(found) == [text("a"), text("b")]
     assert comfy.runs == ["a", "b"]
@@ -360,6 +360,16 @@ def test_a_crash_at_any_line_is_survived(comfy: FakeComfy, tmp_path: Path, torn:
                 path.unlink()
         assert contents(run(jobs("a", "b"), [comfy], tmp_path)) == [text("a"), text("b")]
     assert comfy.runs.count("a") == 1
+
+
+def test_a_line_that_was_torn_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_bytes(b'{"job": "a", "ev')
+    journal = Journal(tmp_path)
+    journal.submitting("a", "http://x", "1")
+    journal.close()
+    again = Journal(tmp_path)
+    assert again.of("a").runs == {"http://x": "1"}
+    again.close()
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
