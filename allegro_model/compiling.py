@@ -15,13 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention import Attention
 from .dit.blocks import Block
 from .errors import first_line
 from .memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
-_REUSE = 6  # the place of `reuse` among the inputs of a block
+_ATTENTION, _REUSE = 5, 6  # places of `attention` and `reuse` among the inputs of a block
+
+
+class _Outside:
+    """An attention that the compiler leaves alone: kernels gain nothing from it, and hosts hand over another object each time, for
+    each of which it would compile anew."""
+
+    kernel: Attention | None = None
+
+    @torch.compiler.disable
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        assert self.kernel is not None
+        return self.kernel(*inputs, **options)
 
 
 class CompiledBlocks:
@@ -35,6 +48,7 @@ class CompiledBlocks:
         self.backend = backend
         self.failure = ""  # why the blocks run without the compiler
         self._compiled: Callable[..., Tensor] | None = None
+        self._outside = _Outside()
 
     @contextmanager
     def applied(self, blocks: Iterable[Any]) -> Iterator[None]:
@@ -45,6 +59,7 @@ class CompiledBlocks:
         try:
             yield
         finally:
+            self._outside.kernel = None
             for block in changed:
                 del block.forward
 
@@ -55,7 +70,8 @@ class CompiledBlocks:
         try:
             if self._compiled is None:
                 self._compiled = torch.compile(Block.forward, backend=self.backend)
-            return self._compiled(block, *inputs)
+            self._outside.kernel = inputs[_ATTENTION]
+            return self._compiled(block, *inputs[:_ATTENTION], self._outside)
         except Exception as error:  # compilers raise types of their own
             if is_out_of_memory(error):
                 raise

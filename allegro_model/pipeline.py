@@ -52,6 +52,7 @@ from .loading import (
     open_source,
     t5_config_from_shapes,
 )
+from .loading.files import cache_file, read_json
 from .loading.source import config_of
 from .memory import both_prompts_fit, free_bytes, is_out_of_memory
 from .sampling import (
@@ -64,7 +65,7 @@ from .sampling import (
     keep_latents,
     reference_sigmas,
 )
-from .sampling.cache import check_cache
+from .sampling.cache import BUNDLED, CacheCalibration, check_cache
 from .sampling.guidance import check_guidance
 from .sampling.noise import MAX_SEED
 from .sampling.samplers import Callback, Denoise
@@ -188,6 +189,7 @@ class AllegroPipeline:
         self.loras = tuple(loras)
         self.attention = attention
         self.compiled: CompiledBlocks | None = None
+        self.calibration: CacheCalibration | None = None  # of step caches; None takes that beside the weights
         self._kernels: dict[tuple[Any, ...], Kernel] = {}  # by what they were chosen for
         self._dit: AllegroDiT | None = None
         self._vae: VideoVAE | None = None
@@ -502,7 +504,7 @@ class AllegroPipeline:
         if self._vae is not None and self.device.type != "cpu" and not self._fits(
                 self._dit_bytes() + self.sampling_bytes(s)):
             self._vae = None  # where frames were encoded; it is read again to decode
-        cache = None if s.cache == "off" else StepCache(s.cache)
+        cache = None if s.cache == "off" else StepCache(s.cache, self.cache_calibration())
         dit, kernel = self.dit, self.kernel(s)
         dit.attention = kernel.run
         denoise: Denoise = Denoiser(dit, prompts.positive, prompts.negative, s.guidance_scale,
@@ -530,6 +532,17 @@ class AllegroPipeline:
             log.info("%s", skipped)
         return replace(state, latents=_settled(x.cpu(), state, step), step=step,
                        denoised=None if last is None else last.cpu(), skipped=skipped)
+
+    def cache_calibration(self) -> CacheCalibration:
+        """Of the step caches: `calibration`, or the file beside the weights, or that of the bundled model.
+
+        Raises:
+            UnsupportedCheckpoint: the file is no calibration.
+        """
+        if self.calibration is None:
+            path = cache_file(self.transformer)
+            self.calibration = CacheCalibration.from_dict(read_json(path), str(path)) if path.is_file() else BUNDLED
+        return self.calibration
 
     def _batched(self, settings: SampleSettings) -> bool:
         """Whether both prompts go through the network at once."""

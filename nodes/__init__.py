@@ -20,6 +20,7 @@ FEATURES = {
     "ti2v": ("AllegroImageToVideo", "AllegroKeyframes", "AllegroContinueVideo", "AllegroJoinVideos"),
     "sample": ("AllegroScheduler", "AllegroSampler"),
     "cache": ("AllegroCache",),
+    "speed": ("AllegroAttention", "AllegroCompile"),
     "vae": ("VideoVAEEncode", "VideoVAEDecode"),
     "vfi": ("LoadAllegroFrameInterpolator", "FrameInterpolate"),
     "report": ("AllegroReport",),

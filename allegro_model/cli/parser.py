@@ -99,6 +99,15 @@ Nothing in the pickle is run.
 examples:
   allegro convert-vfi ours_small_t.pkl ours_small_t.safetensors
 """
+_CALIBRATE = """\
+Measure the step caches (generate --cache, Allegro Cache in ComfyUI) on a model of your own: a few clips with every step,
+then the same with fewer and fewer evaluations, until the clips differ too much. The result lies beside the weights and is
+used from then on. It takes hours with the released models; stopped, the same command goes on.
+
+examples:
+  allegro calibrate --model models/Allegro
+  allegro calibrate --model models/Allegro --prompts prompts.txt --steps 50
+"""
 _DOWNLOAD = f"""\
 Fetch the released weights: named files only, into ComfyUI's model folders or a model folder of their own. What is
 there already is not fetched again, what was begun is gone on with, and a file appears when it is complete and checked.
@@ -134,6 +143,7 @@ def build_parser() -> Parser:
     _add_decode(commands)
     _add_encode(commands)
     _add_interpolate(commands)
+    _add_calibrate(commands)
     _add_convert_vfi(commands)
     _add_download(commands)
     add_submit(commands)
@@ -268,6 +278,21 @@ def _add_interpolate(commands: argparse._SubParsersAction[Parser]) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default auto)")
     group.add_argument("--dtype", default="auto", choices=list(DTYPES),
                        help="type to compute in (default auto: the fastest that does not show)")
+    add_report(parser)
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = add_command(commands, "calibrate", "measure the step caches on a model", _CALIBRATE)
+    parser.add_argument("-o", "--output", metavar="FILE.json", help="the file to write; default beside the transformer, where it is used")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    group = parser.add_argument_group("what to measure; default: what the model was made for")
+    group.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line; default three of everyday scenes")
+    group.add_argument("--frames", type=int, metavar="N", help="a multiple of 4")
+    group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
+    group.add_argument("--height", type=int, metavar="N", help="pixels, a multiple of 16")
+    group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    _add_model(parser, generate=True)
+    _add_tiles(parser)
     add_report(parser)
 
 

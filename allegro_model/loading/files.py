@@ -352,6 +352,15 @@ def _find_config(files: tuple[Path, ...], metadata: Mapping[str, str]) -> dict[s
     return None
 
 
+def cache_file(path: str | Path) -> Path:
+    """Where the calibration of a transformer's step cache lies: NAME.cache.json beside a file, cache.json in a folder."""
+    place = Path(path)
+    if place.suffix == ".safetensors":
+        return place.with_suffix(".cache.json")
+    inner = place / "transformer"
+    return (inner if inner.is_dir() else place) / "cache.json"
+
+
 def _looks_foreign(path: Path) -> bool:
     start = path.read_bytes()[:64].lstrip().lower()
     return start.startswith((b"version https://git-lfs", b"<"))

@@ -12,23 +12,18 @@ empty one, so it computes its first step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..dit.blocks import Reuse
-from ..errors import ScheduleError
-
-# How far from its end the prediction of a run is, at some timesteps. Calibrated on allegro-tiny with 30
-# steps of euler_ancestral: the sum over the steps of the square root of the relative change (root mean square), which
-# spreads what is left out better over a run than the change itself. tests/bench/bench_cache.py measures it.
-_TIMESTEPS = (0, 50, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 950, 999)
-_TRAVELLED = (0, 0.19, 0.50, 0.83, 1.16, 1.87, 2.70, 3.70, 4.99, 6.52, 8.20, 9.91, 10.67, 11.53)
+from ..errors import ScheduleError, UnsupportedCheckpoint
 
 # Attention broadcast as published for Allegro: timesteps, and every how many steps which attention is computed.
 # Source: VideoSys, AllegroPABConfig.
@@ -41,7 +36,7 @@ class CacheLevel:
     """What a level leaves out.
 
     Attributes:
-        threshold: a prediction is used again while `distance` to where it was made is below this; 0 = never.
+        threshold: a prediction is used again while the distance to where it was made is below this; 0 = never.
         guidance: lowest and highest timestep with guidance.
         broadcast: whether attentions are used again as published for Allegro.
     """
@@ -51,14 +46,75 @@ class CacheLevel:
     broadcast: bool = False
 
 
-# Chosen on allegro-tiny; docs/benchmarks.md has the measurements.
-LEVELS = {
-    "safe": CacheLevel(0.5, (0.0, 900.0)),
-    "fast": CacheLevel(0.9, (0.0, 900.0)),
-    "draft": CacheLevel(1.5, (200.0, 850.0)),
-    "broadcast": CacheLevel(broadcast=True),
-}
-CACHE_LEVELS = ("off", *LEVELS)
+@dataclass(frozen=True)
+class CacheCalibration:
+    """How fast the prediction of a model moves, and what its levels leave out.
+
+    Attributes:
+        name: the model it was measured on.
+        timesteps: ascending, 0 .. 999.
+        travelled: how far from its end the prediction of a run is at each of them: the sum over the steps of the square root
+            of the relative change (root mean square), which spreads what is left out better over a run than the change itself.
+        levels: by name.
+    """
+
+    name: str
+    timesteps: tuple[float, ...]
+    travelled: tuple[float, ...]
+    levels: Mapping[str, CacheLevel]
+
+    def distance(self, first: float, second: float) -> float:
+        """How far a prediction moves between two timesteps, in units of `CacheLevel.threshold`."""
+        start, end = np.interp((first, second), self.timesteps, self.travelled)
+        return float(abs(end - start))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        levels = {name: {"threshold": level.threshold, "guidance": list(level.guidance)} for name, level in self.levels.items()}
+        return {"name": self.name, "timesteps": list(self.timesteps), "travelled": list(self.travelled), "levels": levels}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str) -> CacheCalibration:
+        """Reads `to_dict`, and ignores what else is there.
+
+        Args:
+            content: of a file.
+            where: the file, for the message.
+        Raises:
+            UnsupportedCheckpoint: it is something else.
+        """
+        try:
+            timesteps, travelled = (tuple(float(x) for x in content[key]) for key in ("timesteps", "travelled"))
+            levels = {str(name): CacheLevel(float(level["threshold"]), _pair(level["guidance"]))
+                      for name, level in content["levels"].items() if name in BUNDLED.levels}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UnsupportedCheckpoint(f"{where} is no calibration of a step cache ({error!r}). Make it with: allegro calibrate; or "
+                                        "remove it.") from error
+        sound = len(timesteps) == len(travelled) > 1 and all(a < b for a, b in pairwise(timesteps))
+        if not sound or not np.isfinite((*timesteps, *travelled, *(level.threshold for level in levels.values()))).all():
+            raise UnsupportedCheckpoint(f"{where} is damaged: expected as many distances as timesteps, which ascend. Make it with: "
+                                        "allegro calibrate; or remove it.")
+        return cls(str(content.get("name", where)), timesteps, travelled, {**BUNDLED.levels, **levels})
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    low, high = values
+    return float(low), float(high)
+
+
+# 30 steps of euler_ancestral; docs/benchmarks.md has the measurements, tests/bench/bench_cache.py makes them.
+BUNDLED = CacheCalibration(
+    "allegro-tiny",
+    (0, 50, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 950, 999),
+    (0, 0.19, 0.50, 0.83, 1.16, 1.87, 2.70, 3.70, 4.99, 6.52, 8.20, 9.91, 10.67, 11.53),
+    {
+        "safe": CacheLevel(0.5, (0.0, 900.0)),
+        "fast": CacheLevel(0.9, (0.0, 900.0)),
+        "draft": CacheLevel(1.5, (200.0, 850.0)),
+        "broadcast": CacheLevel(broadcast=True),
+    },
+)
+CACHE_LEVELS = ("off", *BUNDLED.levels)
 
 
 def check_cache(level: str) -> None:
@@ -69,12 +125,6 @@ def check_cache(level: str) -> None:
     """
     if level not in CACHE_LEVELS:
         raise ScheduleError(f"cache={level!r}: must be one of {', '.join(CACHE_LEVELS)}.")
-
-
-def distance(first: float, second: float) -> float:
-    """How far a prediction moves between two timesteps, in units of `CacheLevel.threshold`."""
-    start, end = np.interp((first, second), _TIMESTEPS, _TRAVELLED)
-    return float(abs(end - start))
 
 
 class _Held(NamedTuple):
@@ -88,13 +138,15 @@ class StepCache:
     """The cache of one run.
 
     Args:
-        level: a key of `LEVELS`.
+        level: one of `CACHE_LEVELS` besides "off".
+        calibration: of the model.
     """
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, calibration: CacheCalibration = BUNDLED) -> None:
         check_cache(level)
         self.name = level
-        self.level = LEVELS[level]
+        self.calibration = calibration
+        self.level = calibration.levels[level]
         self._held: dict[Hashable, _Held] = {}
         self._guided = False
         self._attended: dict[Hashable, Tensor] = {}
@@ -135,7 +187,7 @@ class StepCache:
 
     def _may_stay(self, key: Hashable, timestep: float) -> bool:
         held = self._held.get(key)
-        return held is not None and distance(held.timestep, timestep) < self.level.threshold
+        return held is not None and self.calibration.distance(held.timestep, timestep) < self.level.threshold
 
     def reuse(self, keys: Sequence[Hashable], timestep: float) -> Callable[[int], Reuse] | None:
         """For `AllegroDiT.denoise`, called inside `compute` of `predict`; None when every attention is computed."""
@@ -166,6 +218,8 @@ class StepCache:
             parts.append(f"{c['unguided']} more for the negative prompt left out")
         if c["attended"]:
             parts.append(f"{c['attended']} of {c['attended'] + c['attention']} attentions used again")
+        if self.level.threshold:
+            parts.append(f"calibrated on {self.calibration.name}")
         return f"step cache {self.name}: {', '.join(parts)}"
 
 

@@ -12,9 +12,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...allegro_model.dit import AllegroDiT
-from ...allegro_model.errors import CheckpointMismatch
+from ...allegro_model.errors import AllegroError, CheckpointMismatch
+from ...allegro_model.loading.files import cache_file, read_json
 from ...allegro_model.sampling import StepCache
-from ...allegro_model.sampling.cache import check_cache
+from ...allegro_model.sampling.cache import BUNDLED, CacheCalibration, check_cache
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,7 @@ def add_cache(model: Any, level: str) -> Any:
         CheckpointMismatch: the model is none of ours.
     """
     check_cache(level)
-    if not isinstance(model.model.diffusion_model, AllegroDiT):
-        raise CheckpointMismatch(f"this model is a {type(model.model.diffusion_model).__name__}; the cache is made for Allegro. Use "
-                                 "ComfyUI's EasyCache for other models.")
+    check_ours(model, "the cache")
     patched = model.clone()
     wrappers: dict[str, Callable[..., Any]] = {WrappersMP.OUTER_SAMPLE: _run, WrappersMP.CALC_COND_BATCH: _guide,
                                                WrappersMP.APPLY_MODEL: _predict}
@@ -54,12 +53,37 @@ def add_cache(model: Any, level: str) -> Any:
     return patched
 
 
+def read_calibration(path: str) -> CacheCalibration:
+    """That which lies beside the weights of a transformer, or else the bundled one. A broken file costs no more than itself."""
+    file = cache_file(path)
+    try:
+        return CacheCalibration.from_dict(read_json(file), str(file)) if file.is_file() else BUNDLED
+    except AllegroError as error:
+        logger.warning("Allegro: %s The step cache uses the calibration of %s.", error, BUNDLED.name)
+        return BUNDLED
+
+
+def check_ours(model: Any, what: str) -> None:
+    """Raises unless a model patcher holds our transformer.
+
+    Args:
+        what: what is to be put on it.
+    Raises:
+        CheckpointMismatch: it is another model.
+    """
+    network = model.model.diffusion_model
+    if not isinstance(network, AllegroDiT):
+        raise CheckpointMismatch(f"this model is a {type(network).__name__}; {what} is made for Allegro. Use ComfyUI's own nodes for "
+                                 "other models.")
+
+
 def _run(executor: Executor, *args: Any, **kwargs: Any) -> Any:
     """Round a whole run: a cache of its own, whatever becomes of the run."""
     guider = executor.class_obj
     before = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(before)
-    cache = StepCache(options["transformer_options"][CACHE])
+    calibration = getattr(guider.model_patcher.model, "cache_calibration", BUNDLED)
+    cache = StepCache(options["transformer_options"][CACHE], calibration)
     options["transformer_options"][CACHE] = cache
     guider.model_options = options
     try:

@@ -52,6 +52,11 @@ def remember_loader(patcher: Any, loader: Callable[..., Any], args: tuple[Any, .
     patcher.cached_patcher_init = (loader, args)
 
 
+def clone_without_dynamic_memory(patcher: Any) -> Any:
+    """A copy of a MODEL that a compiler can follow: newer versions stream weights in ways that it cannot."""
+    return patcher.clone(disable_dynamic=True) if accepts(patcher.clone, "disable_dynamic") else patcher.clone()
+
+
 def archive_dtypes(module: nn.Module) -> None:
     """Newer versions note the dtype of each weight before a patcher is made."""
     archive = getattr(comfy.model_management, "archive_model_dtypes", None)

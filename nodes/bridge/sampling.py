@@ -27,6 +27,7 @@ from ...allegro_model.sampling.schedule import sigma_table, sigma_to_timestep, t
 from .cache import CACHE
 from .compat import fix_empty_latent, intermediate_dtype
 from .progress import GIB, stage
+from .speed import attention_override
 
 logger = logging.getLogger(__name__)
 Latent = dict[str, Any]
@@ -136,8 +137,8 @@ class _Watch:
             if not bool(torch.isfinite(denoised).all()):
                 raise NonFiniteError(
                     f"The first step gave NaN or Inf. The weights are {_dtype_name(self.model)}, the attention is "
-                    f"{attention_name()}. Try, in this order: weight_dtype bf16 or fp32 in the loader; ComfyUI without "
-                    "--use-sage-attention or other attention options; the model without LoRA or patches.")
+                    f"{attention_name(self.model)}. Try, in this order: weight_dtype bf16 or fp32 in the loader; attention sdpa in "
+                    "Allegro Attention, or ComfyUI without --use-sage-attention; the model without LoRA or patches.")
         elif step == 1 and self.first is not None and total > 2:
             seconds = (time.perf_counter() - self.first) * (total - 2)
             if seconds > _WORTH_SAYING:
@@ -164,9 +165,10 @@ def timed(executor: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return executor(*args, **kwargs)
 
 
-def attention_name() -> str:
-    """The attention that ComfyUI has chosen."""
-    return comfy.ldm.modules.attention.optimized_attention.__name__.removeprefix("attention_")
+def attention_name(model: Any) -> str:
+    """The attention that a node has put on a model, or that ComfyUI has chosen."""
+    chosen = attention_override(model.model_options.get("transformer_options", {}))
+    return chosen or comfy.ldm.modules.attention.optimized_attention.__name__.removeprefix("attention_")
 
 
 def check_latents(samples: Tensor, channels: int = 4) -> None:
@@ -205,7 +207,7 @@ def _announce(model: Any, config: Any, shape: LatentShape, batch: int, settings:
         "Allegro: %d layers of width %d, weights %s, %d x %d frames of %dx%d (%d tokens), %d steps, cfg %g, seed %d, "
         "attention %s, %s, about %.1f GiB of activations on %s",
         config.num_layers, config.width, _dtype_name(model), batch, shape.frames * 4, shape.width * 8, shape.height * 8,
-        token_count(shape, config.patch_size), settings.steps, settings.cfg, settings.seed, attention_name(), _cache_name(model),
+        token_count(shape, config.patch_size), settings.steps, settings.cfg, settings.seed, attention_name(model), _cache_name(model),
         batch * halves * needed / GIB, device)
 
 

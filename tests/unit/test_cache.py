@@ -1,13 +1,15 @@
 """Step caches: what is computed, what is used again, and that nothing is left behind."""
 
 import gc
+import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import DIT, tiny_dit
 
-from allegro_model.errors import ScheduleError
+from allegro_model.errors import ScheduleError, UnsupportedCheckpoint
 from allegro_model.sampling import (
     CACHE_LEVELS,
     SAMPLERS,
@@ -17,17 +19,14 @@ from allegro_model.sampling import (
     StepCache,
     reference_sigmas,
 )
-from allegro_model.sampling import cache as module
-from allegro_model.sampling.cache import CacheLevel, distance
+from allegro_model.sampling.cache import BUNDLED, CacheCalibration, CacheLevel
 
 SHAPE = (4, 2, 4, 4)
 
 
-def made(monkeypatch, **values):
+def made(**values):
     """A cache of a level with these values."""
-    monkeypatch.setitem(module.LEVELS, "made", CacheLevel(**values))
-    monkeypatch.setattr(module, "CACHE_LEVELS", (*CACHE_LEVELS, "made"))
-    return StepCache("made")
+    return StepCache("safe", replace(BUNDLED, levels={"safe": CacheLevel(**values)}))
 
 
 def prompts():
@@ -49,14 +48,17 @@ def counted(dit):
     return seen
 
 
+distance = BUNDLED.distance
+
+
 def test_distance_grows_with_the_interval_and_is_symmetric():
     assert distance(500, 500) == 0
     assert 0 < distance(500, 480) < distance(500, 400) == distance(400, 500)
     assert distance(999, 0) == pytest.approx(distance(999, 500) + distance(500, 0))
 
 
-def test_a_prediction_is_used_again_until_the_run_has_moved_too_far(monkeypatch):
-    cache = made(monkeypatch, threshold=distance(500, 400))
+def test_a_prediction_is_used_again_until_the_run_has_moved_too_far():
+    cache = made(threshold=distance(500, 400))
     computed = []
 
     def at(key, timestep):
@@ -68,13 +70,13 @@ def test_a_prediction_is_used_again_until_the_run_has_moved_too_far(monkeypatch)
     assert at("a", 999) == 999, "also when a run starts anew"
 
 
-def test_no_threshold_computes_every_step(monkeypatch):
-    cache = made(monkeypatch)
+def test_no_threshold_computes_every_step():
+    cache = made()
     assert [float(cache.predict(["a"], 500, lambda value=value: torch.full((1, 1), value))) for value in (1.0, 2.0)] == [1, 2]
 
 
-def test_parts_of_a_batch_keep_their_own(monkeypatch):
-    cache = made(monkeypatch, threshold=distance(500, 400))
+def test_parts_of_a_batch_keep_their_own():
+    cache = made(threshold=distance(500, 400))
     cache.predict(["a"], 500, lambda: torch.zeros(1, 1))
     both = cache.predict(["b", "a"], 480, lambda: torch.tensor([[1.0], [2.0]]))
     assert both.flatten().tolist() == [1, 0]
@@ -82,16 +84,16 @@ def test_parts_of_a_batch_keep_their_own(monkeypatch):
     assert again.flatten().tolist() == [0, 1]
 
 
-def test_what_is_handed_out_may_be_changed(monkeypatch):
-    cache = made(monkeypatch, threshold=1.0)
+def test_what_is_handed_out_may_be_changed():
+    cache = made(threshold=1.0)
     cache.predict(["a"], 500, lambda: torch.zeros(1, 1)).add_(1)
     assert float(cache.predict(["a"], 500, lambda: torch.ones(1, 1))) == 0
 
 
-def test_guidance_is_left_out_outside_its_interval(monkeypatch):
+def test_guidance_is_left_out_outside_its_interval():
     dit = tiny_dit()
     seen = counted(dit)
-    clip(made(monkeypatch, guidance=(200.0, 850.0)), dit=dit)
+    clip(made(guidance=(200.0, 850.0)), dit=dit)
     timesteps = [t for t, _ in seen]
     assert all((timesteps.count(t) == 2) == (200 <= t <= 850) for t in timesteps)
     assert len(set(timesteps)) == 20
@@ -119,11 +121,11 @@ def test_levels_leave_out_more_and_more(level, most):
     assert cache.summary().startswith(f"step cache {level}: {len(seen)} of ")
 
 
-def test_a_cache_that_leaves_nothing_out_changes_nothing_but_rounding(monkeypatch):
-    assert torch.allclose(clip(made(monkeypatch)), clip(None), atol=1e-3)
+def test_a_cache_that_leaves_nothing_out_changes_nothing_but_rounding():
+    assert torch.allclose(clip(made()), clip(None), atol=1e-3)
 
 
-def test_attentions_are_broadcast_as_published(monkeypatch):
+def test_attentions_are_broadcast_as_published():
     """Self-attention every 2nd step and cross-attention every 6th, counted from the first, in timesteps 100 to 850 only."""
     dit = tiny_dit()
     seen = []
@@ -161,3 +163,27 @@ def test_nothing_outlives_the_run():
 def test_an_unknown_level_is_refused():
     with pytest.raises(ScheduleError, match="must be one of off, safe, fast, draft, broadcast"):
         StepCache("reckless")
+
+
+def test_a_calibration_of_another_model_counts():
+    quick = replace(BUNDLED, name="Quick", travelled=tuple(3 * x for x in BUNDLED.travelled))
+    dit = tiny_dit()
+    seen = counted(dit)
+    cache = StepCache("draft", quick)
+    clip(cache, dit=dit)
+    many = len(seen)
+    clip(StepCache("draft"), dit=dit)
+    assert many > len(seen) - many
+    assert cache.summary().endswith(", calibrated on Quick")
+
+
+def test_a_calibration_survives_its_file():
+    levels = {"safe": CacheLevel(0.25, (0.0, 800.0))}
+    saved = json.loads(json.dumps(replace(BUNDLED, name="Large", levels=levels).to_dict()))
+    again = CacheCalibration.from_dict({**saved, "measured": 1}, "x.json")
+    assert again.levels == {**BUNDLED.levels, **levels}, "what was not calibrated stays"
+    assert (again.name, again.timesteps, again.travelled) == ("Large", BUNDLED.timesteps, BUNDLED.travelled)
+    for wrong, words in (({}, "no calibration"), ({**saved, "levels": {"safe": 3}}, "no calibration"), ({**saved, "timesteps": [0, 5]}, "damaged"),
+                         ({**saved, "travelled": [float("nan")] * 14}, "damaged"), ({**saved, "timesteps": saved["timesteps"][::-1]}, "damaged")):
+        with pytest.raises(UnsupportedCheckpoint, match=rf"x.json is {words}.*allegro calibrate"):
+            CacheCalibration.from_dict(wrong, "x.json")

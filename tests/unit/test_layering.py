@@ -14,7 +14,7 @@ BASE = {"errors", "config", "atomic"}
 SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs", "quantised"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
 PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "compiling", "conditioning", "joining", "prompt_store"}
-COMMANDS = PIPELINE | {"pipeline", "latents", "download", "client"}
+COMMANDS = PIPELINE | {"pipeline", "latents", "calibration", "download", "client"}
 ALLOWED = {
     "errors": set(),
     "atomic": {"errors"},
@@ -36,9 +36,10 @@ ALLOWED = {
     "media": SHARED,
     "memory": BASE,
     "prompt_store": BASE | {"media"},
-    "compiling": BASE | {"dit", "memory"},
+    "compiling": BASE | {"attention", "dit", "memory"},
     "pipeline": PIPELINE,
     "latents": PIPELINE | {"pipeline"},
+    "calibration": PIPELINE | {"pipeline"},
     "download": BASE | {"loading", "media"},
     "client": BASE,
     "bench": PIPELINE | {"pipeline"},
