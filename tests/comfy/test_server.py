@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from comfy.client import PACK, PromptRefused, Server, error_of
-from comfy.websocket import WebSocket
 from PIL import Image
 
+from allegro_model.client.websocket import WebSocket
 from allegro_model.loading import load_sampling_defaults
 from allegro_model.media import read_frames
 from allegro_model.training.analyse import compare
@@ -232,14 +232,15 @@ def assert_follows_its_prompt(server: Server, graph: dict[str, Any]) -> None:
 
 def test_previews_and_progress_reach_the_browser(server: Server) -> None:
     """As the browser listens: one picture per step, and progress to the last one."""
-    socket = WebSocket(server.port, "listener")
+    socket = WebSocket("127.0.0.1", server.port, "/ws?clientId=listener")
     previews: list[tuple[dict[str, Any], Image.Image]] = []
     progress: dict[str, list[tuple[int, int]]] = {}  # node -> steps done, of how many
     texts: list[str] = []
     try:
-        socket.send({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+        socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
         prompt_id = server.submit(small(seed=8), client_id="listener")
-        for message in socket.messages():
+        while (received := socket.receive(120)) is not None:
+            message = received if isinstance(received, bytes) else json.loads(received)
             if isinstance(message, bytes) and message[:4] == TEXT_KIND:
                 texts.append(message[9:].decode())  # behind the length of the node's number, and that of one digit
             elif isinstance(message, bytes):
