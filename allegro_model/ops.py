@@ -1,14 +1,21 @@
-"""The two things a host may inject into the networks: layer classes and a cast for bare parameters."""
+"""The two things a host may inject into the networks: layer classes and a cast for bare parameters.
+
+The default layers are `torch.nn`'s with other arithmetic on the CPU, where it is faster: see `layers`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Operations(Protocol):
-    """A namespace of layer classes with the constructor signatures of `torch.nn`, which is the default.
+    """A namespace of layer classes with the constructor signatures of `torch.nn`; the default is `layers`.
 
     A host passes its own to have weights streamed, cast or patched without the networks knowing.
     """
@@ -21,6 +28,203 @@ class Operations(Protocol):
     LayerNorm: Any
 
 
+# Values of a block that stays in a processor core's caches while several steps are done with it.
+BLOCK_VALUES = 2**20
+# Rows of a matrix that are brought to float32 at once: enough that converting the weights does not show.
+ROWS = 2048
+
+
+@cache
+def half_is_slow(dtype: torch.dtype) -> bool:
+    """Whether this processor has no instructions for a 16-bit type: float32 is then several times faster.
+
+    PyTorch hands 16-bit layers to oneDNN where the processor can, and else to plain loops.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
+    return supported is None or not supported()
+
+
+def own_arithmetic(x: Tensor) -> bool:
+    """Whether a layer may go its own way: on the CPU, without gradients, with nothing that traces or casts."""
+    return x.device.type == "cpu" and not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+
+
+def _floats(*tensors: Tensor | None) -> Iterator[Any]:
+    return (None if x is None else x.float() for x in tensors)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes 16-bit types in float32 where the processor has no instructions for them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C']."""
+        if not (half_is_slow(x.dtype) and own_arithmetic(x)):
+            return super().forward(x)
+        weight, bias = _floats(self.weight, self.bias)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for part, result in zip(x.reshape(-1, x.shape[-1]).split(ROWS), y.view(-1, y.shape[-1]).split(ROWS), strict=True):
+            result.copy_(F.linear(part.float(), weight, bias))
+        return y
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` with fewer multiplications for wide 3x3 kernels; 16-bit types as in `Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']."""
+        slow = half_is_slow(x.dtype)
+        if not ((slow or x.dtype == torch.float32) and own_arithmetic(x)):
+            return super().forward(x)
+        weight, bias = _floats(self.weight, self.bias)
+        if self.kernel_size == (3, 3) and _saves(self, len(x) * x[0, 0].numel()):
+            pad: Any = self.padding
+            clip = x.transpose(0, 1)[None]  # pictures do not meet: a clip with a kernel of one frame
+            return convolve_wide(clip, weight[:, :, None], bias, (0, *pad))[0].transpose(0, 1)
+        return _by_picture(lambda picture: self._conv_forward(picture, weight, bias), x)
+
+
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d` with fewer multiplications for wide kernels of 3 along an axis; 16-bit types as in `Linear`.
+
+    Tensors in the layout channels_last_3d gain most; others are brought to it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C', T', H', W']."""
+        slow = half_is_slow(x.dtype)
+        if not ((slow or x.dtype == torch.float32) and own_arithmetic(x)):
+            return super().forward(x)
+        weight, bias = _floats(self.weight, self.bias)
+        if self.kernel_size in ((3, 1, 1), (3, 3, 3)) and _saves(self, x[0, 0].numel()):
+            pad: Any = self.padding
+            return convolve_wide(x, weight, bias, pad)
+        return self._conv_forward(x.float(), weight, bias).to(x.dtype)
+
+
+def _saves(layer: nn.Conv2d | nn.Conv3d, points: int) -> bool:
+    """Whether fewer multiplications outweigh the additions they cost, in a plain convolution.
+
+    Kernels along time are the library's slowest ones and its pictures the fastest. More points make up for the new kernels.
+    """
+    channels = min(layer.in_channels, layer.out_channels)
+    return (set(layer.stride) == set(layer.dilation) == {1} and layer.groups == 1 and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str) and points >= 2 * channels
+            and channels >= (64 if layer.kernel_size[-1] == 1 else 256))
+
+
+def _by_picture(convolve: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`convolve` in float32 on every picture of [B, C, H, W]; on all at once when no conversion costs memory."""
+    if x.dtype == torch.float32:
+        return convolve(x)
+    return torch.cat([convolve(picture.float()).to(x.dtype) for picture in x.split(1)])
+
+
+# Minimal filtering
+
+
+def convolve_wide(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    """`F.conv3d` with two thirds of the multiplications for every axis along which the kernel is 3 long.
+
+    Two neighbouring results of such an axis are sums and differences of four products instead of six: F(2, 3) of
+    Winograd's minimal filtering, nested over the axes (arXiv 1509.09308). Everything is float32, and rounds no
+    worse than the usual order of sums. Blocks of rows are done at a time, so that what lies between stays in caches.
+
+    Args:
+        x: [B, C, T, H, W] of any float type.
+        weight: [C', C, kt, kh, kw] float32, each k 1 or 3.
+        bias: [C'] float32 or None.
+        padding: zeros along time, height and width.
+    Returns:
+        [B, C', T', H', W'], dtype of `x`, in the layout channels_last_3d.
+    """
+    x = x.permute(0, 2, 3, 4, 1)  # [B, T, H, W, C]
+    size = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[1:4], padding, weight.shape[2:], strict=True)]
+    y = torch.empty((len(x), *size, len(weight)), dtype=x.dtype)
+    kernels, axes = _filters(weight)
+    for item, result in zip(x, y, strict=True):
+        if axes == [0] and not any(padding[1:]):  # points do not meet: one row of blocks
+            item, result = item.flatten(1, 2)[:, :, None], result.flatten(1, 2)[:, :, None]
+        for box in _blocks(result, axes):
+            window = _window(item, box, padding, axes)
+            block = _filter(window, kernels, bias, axes)
+            result[box].copy_(block[tuple(slice(n) for n in result[box].shape[:3])])
+    return y.permute(0, 4, 1, 2, 3)
+
+
+def _filters(weight: Tensor) -> tuple[Tensor, list[int]]:
+    """[C', C, kt, kh, kw] -> the kernels of the products [4, ..., C', C], one 4 per axis of length 3, and these axes."""
+    axes = [axis for axis, length in enumerate(weight.shape[2:]) if length == 3]
+    sums = torch.ones(1, 1)
+    for _ in axes:
+        sums = torch.kron(sums, torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]))
+    kernels = sums @ weight.reshape(-1, sums.shape[1]).t()  # the fastest way to have the channels last
+    return kernels.view(*[4] * len(axes), *weight.shape[:2]), axes
+
+
+def _blocks(y: Tensor, axes: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Frames and rows of a result [T, H, W, C] that are done at once: even numbers, all frames if these meet."""
+    T, H, W, C = y.shape
+    budget = BLOCK_VALUES * torch.get_num_threads() // (W * C)  # rows
+    frames = T if 0 in axes else max(1, min(T, budget // H))
+    rows = max(2, budget // frames // 2 * 2)
+    for t in range(0, T, frames):
+        for r in range(0, H, rows):
+            yield slice(t, min(t + frames, T)), slice(r, min(r + rows, H))
+
+
+def _window(x: Tensor, box: tuple[slice, slice], padding: tuple[int, ...], axes: list[int]) -> Tensor:
+    """What the results of a box depend on, as float32, with zeros where it ends; one more where a size is odd."""
+    spans = [*box, slice(0, x.shape[2] + 2 * padding[2] - 2 * (2 in axes))]
+    pads: list[int] = []
+    for axis, span in enumerate(spans):
+        length = span.stop - span.start
+        first = span.start - padding[axis]
+        last = first + (length + length % 2 + 2 if axis in axes else length)
+        low, high = max(first, 0), min(last, x.shape[axis])
+        x = x.narrow(axis, low, high - low)
+        pads = [low - first, last - high, *pads]
+    return F.pad(x, (0, 0, *pads)).float() if any(pads) else x.float()
+
+
+def _filter(x: Tensor, kernels: Tensor, bias: Tensor | None, axes: list[int]) -> Tensor:
+    """[T, H, W, C] -> [T', H', W', C'], two shorter along each of the axes; nested, the last level multiplies."""
+    if not axes:
+        rows = x.reshape(-1, x.shape[-1])
+        return F.linear(rows, kernels, bias).view(*x.shape[:-1], -1)
+    axis, rest = axes[0], axes[1:]
+    a, b, c, d = (_every_other(x, axis, first) for first in range(4))
+    plus = _filter(b + c, kernels[1], bias, rest)
+    minus = _filter(c - b, kernels[2], None, rest)
+    shape = list(plus.shape)
+    shape[axis] *= 2
+    y = plus.new_empty(shape)
+    torch.sub(plus, minus, out=_every_other(y, axis, 1, 0))
+    plus += minus
+    torch.add(plus, _filter(a - c, kernels[0], None, rest), out=_every_other(y, axis, 0, 0))
+    _every_other(y, axis, 1, 0).sub_(_filter(b - d, kernels[3], None, rest))
+    return y
+
+
+def _every_other(x: Tensor, axis: int, first: int, halo: int = 2) -> Tensor:
+    """Every other slice along an axis from `first` on, as many as there are pairs of results."""
+    return x[(slice(None),) * axis + (slice(first, first + x.shape[axis] - halo, 2),)]
+
+
+class layers:
+    """The default `Operations`."""
+
+    Linear = Linear
+    Conv2d = Conv2d
+    Conv3d = Conv3d
+    ConvTranspose2d = nn.ConvTranspose2d
+    GroupNorm = nn.GroupNorm
+    LayerNorm = nn.LayerNorm
+
+
 class _Unfilled:
     """Skips the random start values, which take longer to draw than a mapped checkpoint takes to load."""
 
@@ -30,11 +234,11 @@ class _Unfilled:
 class unfilled:
     """`Operations` for a network that is about to be filled from a file."""
 
-    class Linear(_Unfilled, nn.Linear): ...
+    class Linear(_Unfilled, Linear): ...
 
-    class Conv2d(_Unfilled, nn.Conv2d): ...
+    class Conv2d(_Unfilled, Conv2d): ...
 
-    class Conv3d(_Unfilled, nn.Conv3d): ...
+    class Conv3d(_Unfilled, Conv3d): ...
 
     class GroupNorm(_Unfilled, nn.GroupNorm): ...
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import Attention
-from ..ops import CastParam
+from ..ops import ROWS, CastParam, own_arithmetic
 from .rope import apply_rope
 
 KeysValues = tuple[Tensor, Tensor]
@@ -88,7 +88,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        return self.net[2](self.net[0](x))
+        if not own_arithmetic(x):
+            return self.net[2](self.net[0](x))
+        # The hidden values, 4D wide, would be the largest tensor of a step; in parts they also stay near the processor.
+        return torch.cat([self.net[2](self.net[0](part)) for part in x.split(ROWS, dim=1)], dim=1)
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..attention import Attention, sdpa
 from ..config import DiTConfig
 from ..errors import GeometryError
-from ..ops import CastParam, cast_like
+from ..ops import CastParam, cast_like, layers
 from .blocks import Block, CrossAttention, KeysValues, Reuse, modulate
 from .embed import AdaLNSingle, CaptionProjection, PatchEmbed, position_table
 from .rope import rope_tables
@@ -60,13 +60,13 @@ class AllegroDiT(nn.Module):
 
     Args:
         config: sizes of the checkpoint.
-        operations: namespace of layer classes, default `torch.nn`.
+        operations: namespace of layer classes, see `ops`.
         attention: kernel for self- and cross-attention.
         cast_param: brings the bare scale/shift tables to an activation's dtype and device.
         device, dtype: of the weights.
     """
 
-    def __init__(self, config: DiTConfig, *, operations: Any = nn, attention: Attention = sdpa,
+    def __init__(self, config: DiTConfig, *, operations: Any = layers, attention: Attention = sdpa,
                  cast_param: CastParam = cast_like, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attention import Attention, sdpa
 from ..config import DiTConfig
 from ..errors import GeometryError
-from ..ops import CastParam, cast_like
+from ..ops import CastParam, cast_like, layers
 from .embed import PatchEmbed
 from .model import AllegroDiT
 
@@ -33,7 +33,7 @@ class AllegroTI2V(AllegroDiT):
         operations, attention, cast_param, device, dtype: as in `AllegroDiT`.
     """
 
-    def __init__(self, config: DiTConfig, *, operations: Any = nn, attention: Attention = sdpa,
+    def __init__(self, config: DiTConfig, *, operations: Any = layers, attention: Attention = sdpa,
                  cast_param: CastParam = cast_like, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__(config, operations=operations, attention=attention, cast_param=cast_param,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import VAEConfig
 from ..errors import GeometryError
 from ..geometry import nearest_multiples
+from ..ops import layers
 from .blocks import (
     Downsample,
     FrameAttention,
@@ -174,12 +175,12 @@ class VideoVAE(nn.Module):
     Args:
         config: sizes of the checkpoint, and its default tiles.
         part: "full", or only the "encoder" or the "decoder" half.
-        operations: namespace of layer classes, default `torch.nn`.
+        operations: namespace of layer classes, see `ops`.
         device, dtype: of the weights.
     """
 
     def __init__(self, config: VAEConfig, *, part: Literal["full", "encoder", "decoder"] = "full",
-                 operations: Any = nn, device: torch.device | str | None = None,
+                 operations: Any = layers, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
