@@ -179,17 +179,17 @@ def pair_seconds(interpolator: EMAInterpolator, width: int, height: int, multipl
         multiplier: frames for each one.
         device, budget: as in `evaluation_seconds`.
     """
-    positions = [i / multiplier for i in range(1, multiplier)] if interpolator.arbitrary_time else [0.5] * (multiplier - 1)
     sizes = {}
     for edge in (128, 256, 512, 1024, max(width, height)):
         size = (min(edge, width), min(edge, height))
         sizes[size[0] * size[1]] = size
-
-    def make(pixels: int) -> Run:
-        across, down = sizes[pixels]
-        frame = torch.rand(3, down, across, device=device)
-        before = interpolator.features(frame.flip(2))
-        return lambda: interpolator.between([before], [interpolator.features(frame)], positions)
-
-    pixels, seconds = at_largest(make, sorted(sizes), budget, device)
+    pixels, seconds = at_largest(lambda pixels: pair_run(interpolator, *sizes[pixels], multiplier, device), sorted(sizes), budget, device)
     return seconds * width * height / pixels
+
+
+def pair_run(interpolator: EMAInterpolator, width: int, height: int, multiplier: int, device: torch.device) -> Run:
+    """Interpolating one more pair of a clip of noise."""
+    positions = [i / multiplier for i in range(1, multiplier)] if interpolator.arbitrary_time else [0.5] * (multiplier - 1)
+    frame = torch.rand(3, height, width, device=device)
+    before = interpolator.features(frame.flip(2))
+    return lambda: interpolator.between([before], [interpolator.features(frame)], positions)

@@ -32,7 +32,7 @@ _PACKAGE = __name__.split(".")[0]
 _COMMANDS = {
     "generate": "generate", "decode": "convert", "encode": "convert", "interpolate": "interpolate",
     "convert-vfi": "convert_vfi", "download": "download", "submit": "submit", "inspect": "inspect",
-    "estimate": "estimate", "calibrate": "calibrate",
+    "estimate": "estimate", "bench": "bench", "calibrate": "calibrate",
 }
 
 

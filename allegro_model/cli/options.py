@@ -64,6 +64,15 @@ def _report_file(text: str) -> str:
     return text
 
 
+def triple(text: str) -> tuple[int, int, int]:
+    """FxHxW: frames, height, width."""
+    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected frames x height x width, such as 24x320x320")
+    frames, height, width = map(int, found.groups())
+    return frames, height, width
+
+
 def add_command(commands: argparse._SubParsersAction[Parser], name: str, summary: str, text: str) -> Parser:
     """A sub-command with `summary` in the list of all and `text` on its own page."""
     return commands.add_parser(name, help=summary, description=text, epilog=EXIT_CODES, allow_abbrev=False,

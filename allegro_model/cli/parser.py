@@ -15,8 +15,8 @@ from ..media import FORMATS, QUALITIES
 from ..pipeline import DTYPES
 from ..sampling import CACHE_LEVELS, SAMPLERS
 from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
-from .options import Parser, add_command, add_report, prepare, start_parser
-from .speed_options import add_estimate
+from .options import Parser, add_command, add_report, prepare, start_parser, triple
+from .speed_options import add_bench, add_estimate
 from .submit_options import add_submit
 
 BUNDLED = "tiny"  # the default model
@@ -147,6 +147,7 @@ def build_parser() -> Parser:
     _add_convert_vfi(commands)
     _add_download(commands)
     add_submit(commands)
+    add_bench(commands)
     add_estimate(commands)
     inspect = add_command(commands, "inspect", "say what a file is", _INSPECT)
     inspect.add_argument("path", metavar="PATH", help="a file, a model folder, or a bundled model")
@@ -354,9 +355,9 @@ def _add_model(parser: Parser, *, generate: bool = False) -> None:
 
 def _add_tiles(parser: Parser) -> None:
     group = parser.add_argument_group("tiles of the VAE: smaller needs less memory and may show seams")
-    group.add_argument("--tile", type=_triple, metavar="FxHxW",
+    group.add_argument("--tile", type=triple, metavar="FxHxW",
                        help="frames x height x width (released models: 24x320x320)")
-    group.add_argument("--overlap", type=_triple, metavar="FxHxW",
+    group.add_argument("--overlap", type=triple, metavar="FxHxW",
                        help="shared with the next tile (released models: 8x120x80; with --tile at most half of it)")
     group.add_argument("--tiles-per-batch", type=int, metavar="N", default=1,
                        help="tiles at once; more is faster and needs more memory (default 1)")
@@ -377,11 +378,3 @@ def _keyframe(text: str) -> tuple[int, str]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}: expected INDEX=FILE, such as 12=picture.png or -1=last.png")
     return int(found.group(1)), found.group(2)
-
-
-def _triple(text: str) -> tuple[int, int, int]:
-    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})x(\d{1,6})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected frames x height x width, such as 24x320x320")
-    frames, height, width = map(int, found.groups())
-    return frames, height, width

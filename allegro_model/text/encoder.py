@@ -136,7 +136,7 @@ def build_text_encoder(
         CheckpointError: see `load_tokenizer`.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    model = _empty_model(config)
+    model = empty_model(config)
     _assign(model, tensors, layouts or {})
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocabulary_size > rows:
@@ -147,7 +147,7 @@ def build_text_encoder(
     return TextEncoder(tokenizer, model, max_length=max_length)
 
 
-def _empty_model(config: Mapping[str, Any]) -> Any:
+def empty_model(config: Mapping[str, Any]) -> Any:
     """A `T5EncoderModel` on the meta device."""
     try:
         from transformers import T5Config, T5EncoderModel

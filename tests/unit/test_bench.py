@@ -212,3 +212,37 @@ def test_estimate_refuses(allegro: Run, words: tuple[object, ...], code: int, me
 def test_every_released_size_is_offered(allegro: Run) -> None:
     _, out, _ = allegro("estimate", "--help")
     assert all(name in out for name in PRESETS)
+
+
+def test_bench_command(allegro: Run) -> None:
+    code, out, _ = allegro("bench", "--model", "tiny", "--size", "4x32x32", "--rounds", 1, "--dtype", "fp32", "--profile",
+                           "--only", "dit", "--only", "decode", "--only", "load", "--only", "text", "--json", "a.json")
+    assert code == 0
+    report = json.loads(Path("a.json").read_text())
+    rows = report["rows"]
+    assert {row["section"] for row in rows} == {"dit", "decode", "load", "text"}
+    for row in rows:
+        assert row["median"] > 0
+        assert len(row["seconds"]) == 1
+        assert f"| {row['section']} | {row['name']} |" in out
+    dit = [row for row in rows if row["section"] == "dit"]
+    assert [row["name"] for row in dit] == ["float32, sdpa", "float32, sdpa-math", "float32, sdpa, both prompts at once"]
+    for row in dit:
+        assert row["ratio"] == pytest.approx(row["median"] / dit[0]["median"])
+    works = [row["flops_per_second"] * row["median"] for row in dit]
+    assert works == pytest.approx([works[0], works[0], 2 * works[0]])
+    assert sum(report["profile"].values()) == pytest.approx(1)
+    assert report["profile"]["matmul"] > 0.05
+
+
+def test_peak_and_interpolation_rows(allegro: Run) -> None:
+    code, out, _ = allegro("bench", "--model", "tiny", "--size", "4x32x32", "--rounds", 1, "--only", "peak", "--only", "interpolate")
+    assert code == 0
+    assert "| peak | matrix product, float32 |" in out
+    assert "| interpolate | pair of 32x32, ours_small_t, float32 |" in out
+
+
+def test_bench_refuses_layers_that_the_model_lacks(allegro: Run) -> None:
+    code, out, err = allegro("bench", "--model", "tiny", "--layers", 6)
+    assert (code, out) == (2, "")
+    assert "expected 1 to 5 layers" in err
