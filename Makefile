@@ -37,6 +37,7 @@ pytest: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python tests/bench/bench_core.py --write docs/benchmarks.md
 	$(BIN)/python tests/bench/bench_vfi.py --write docs/benchmarks.md
+	$(BIN)/python tests/bench/bench_scale.py --write docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -16,6 +16,7 @@ from commands import run_command
 from allegro_model.attention import sdpa
 from allegro_model.bench import estimate as estimating
 from allegro_model.bench.estimate import Machine, estimate_run, sampling_seconds
+from allegro_model.bench.fit import fit_seconds
 from allegro_model.bench.measure import Measured, at_largest, in_turn, peak_of, randomise
 from allegro_model.bench.networks import META, T5_XXL, open_networks
 from allegro_model.bench.speed import EvaluationSeconds, evaluation_seconds
@@ -153,6 +154,14 @@ def test_a_cache_takes_its_share_of_the_seconds(monkeypatch: pytest.MonkeyPatch)
     evaluations, seconds = sampling_seconds(once, settings)
     assert evaluations == 100
     assert seconds == pytest.approx(60 * 5.0 + 40 * (20 / 28))
+
+
+def test_a_fit_finds_the_coefficients() -> None:
+    tokens = [1000, 3600, 14_400, 30_000]
+    exact = [3e-4 * n + 2e-8 * n * n for n in tokens]
+    assert fit_seconds(tokens, exact) == pytest.approx((3e-4, 2e-8))
+    noisy = [s * f for s, f in zip(exact, (1.05, 0.95, 1.05, 0.95), strict=True)]
+    assert fit_seconds(tokens, noisy) == pytest.approx((3e-4, 2e-8), rel=0.15)
 
 
 # Estimates, with networks whose time is known
