@@ -103,7 +103,7 @@ def test_workflow_opens_and_converts_to_its_api_form(tab: Tab, path: Path, shots
 @pytest.mark.skipif(not ASSETS.is_dir(), reason="this copy has no bundled model")
 def test_the_first_clip_of_a_newcomer(tab: Tab, server: Server, shots: Path, comfyui: Any) -> None:
     """Open the small workflow, run it, see a video."""
-    tab.open(load(PACK / "workflows" / "text_to_video_tiny.json"))
+    tab.open(load(PACK / "workflows" / "01_text_to_video_tiny.json"))
     tab.page.evaluate(f"async () => {{ await {APP}.queuePrompt(0, 1) }}")
     entry: dict[str, Any] | None = None
     for _ in range(PATIENCE // 500):

@@ -13,6 +13,8 @@ import pytest
 # `comfy` is this folder: ComfyUI itself runs in child processes only.
 from comfy import client, files, random_model
 
+from allegro_model.media.ffmpeg import ffmpeg_exe
+
 HERE = Path(__file__).parent
 PACK = HERE.parents[1]
 WHY_SKIPPED = ("no ComfyUI found: set COMFYUI_PATH to a checkout of 0.3.64 or newer (several separated as in PATH) and "
@@ -78,3 +80,14 @@ def inside(request: pytest.FixtureRequest, comfyui: Any, base: Path) -> dict[str
                           timeout=3600, check=False)
     assert result.exists(), f"the process ended with {done.returncode}:\n{done.stderr[-4000:]}"
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def video(base: Path) -> str:
+    """The name of an uploaded video: 12 frames at 12.5 per second, with a tone."""
+    pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed (extra: standalone)")
+    path = base / "input" / "moving.mp4"
+    command = [ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", "testsrc=s=96x64:r=25/2:d=0.96", "-f", "lavfi", "-i",
+               "sine=frequency=440:duration=0.96", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac", str(path)]
+    subprocess.run(command, check=True)
+    return path.name

@@ -1,7 +1,6 @@
 """Frame interpolation in a real ComfyUI server: the workflows, an uploaded video with its sound, cancelling."""
 
 import io
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +13,6 @@ from comfy.test_server import api, dropdown, with_model
 from PIL import Image
 
 from allegro_model.loading import bundled_interpolator
-from allegro_model.media.ffmpeg import ffmpeg_exe
 from allegro_model.media.readers import ClipContents, probe_clip, probe_contents
 
 pytestmark = pytest.mark.comfy
@@ -50,16 +48,6 @@ def results(server: Server, graph: dict[str, Any]) -> tuple[np.ndarray, np.ndarr
         file = Path(folder) / "clip.mp4"
         file.write_bytes(server.view(entry))
         return before, after, probe_contents(file), probe_clip(file).fps
-
-
-@pytest.fixture(scope="module")
-def video(base: Path) -> str:
-    """The name of an uploaded video: 12 frames at 12.5 per second, with a tone."""
-    path = base / "input" / "moving.mp4"
-    command = [ffmpeg_exe(), "-v", "error", "-y", "-f", "lavfi", "-i", "testsrc=s=96x64:r=25/2:d=0.96", "-f", "lavfi", "-i",
-               "sine=frequency=440:duration=0.96", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac", str(path)]
-    subprocess.run(command, check=True)
-    return path.name
 
 
 def test_text_to_video_with_twice_the_frames(server: Server) -> None:

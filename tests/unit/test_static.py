@@ -16,6 +16,9 @@ CODE = [p for top in ("allegro_model", "nodes") for p in sorted((ROOT / top).rgl
     p for p in [ROOT / "__init__.py"] if p.exists()]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 API_WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
+# Those of earlier versions. Users have saved graphs like these; they stay as they were and stay valid.
+EARLIER = sorted((ROOT / "tests" / "data" / "workflows").glob("*/*.json"))
+EARLIER_API = sorted((ROOT / "tests" / "data" / "workflows").glob("*/api/*.json"))
 
 
 def relative(path: Path) -> str:
@@ -164,7 +167,7 @@ def our_node_ids() -> set[str]:
 # Nodes of ComfyUI itself (0.3.64) that the example graphs use, and notes of the editor.
 CORE_NODES = {
     "KSampler", "SamplerCustomAdvanced", "CFGGuider", "RandomNoise", "KSamplerSelect", "BasicScheduler", "BasicGuider",
-    "CLIPTextEncode", "VAEDecode", "VAEDecodeTiled", "VAEEncode", "CreateVideo", "SaveVideo", "SaveLatent", "LoadVideo",
+    "CLIPTextEncode", "VAEDecode", "VAEDecodeTiled", "VAEEncode", "ImageScale", "CreateVideo", "SaveVideo", "SaveLatent", "LoadVideo",
     "GetVideoComponents", "LoadImage", "ImageFromBatch", "PreviewImage", "SaveImage", "LoraLoaderModelOnly", "EasyCache",
     "TorchCompileModel", "SaveAnimatedWEBP", "PrimitiveInt", "PrimitiveFloat", "PrimitiveStringMultiline",
 }
@@ -177,11 +180,44 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", API_WORKFLOWS, ids=relative)
+def inputs_of_our_nodes() -> dict[str, set[str]]:
+    """{node id: its inputs}; a test inside ComfyUI holds the translations against the nodes themselves."""
+    nodes = load(ROOT / "locales" / "en" / "nodeDefs.json")
+    return {node_id: set(node["inputs"]) for node_id, node in nodes.items()}
+
+
+def test_earlier_workflows_are_kept() -> None:
+    assert len(EARLIER) == len(EARLIER_API) >= 9
+
+
+def test_workflows_are_numbered_without_a_gap() -> None:
+    """ComfyUI shows templates by file name; the numbers are the order to try them in."""
+    assert [path.name[:3] for path in WORKFLOWS] == [f"{i:02d}_" for i in range(1, len(WORKFLOWS) + 1)]
+    assert [path.name for path in API_WORKFLOWS] == [path.name for path in WORKFLOWS]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=relative)
+def test_workflow_has_a_note_and_a_picture(path: Path) -> None:
+    picture = path.with_suffix(".jpg")
+    assert picture.exists(), f"{relative(path)} has no thumbnail {picture.name}"
+    assert picture.stat().st_size < 30_000
+    (text,) = [node["widgets_values"][0] for node in load(path)["nodes"] if node["type"] == "MarkdownNote"]
+    for subject in ("**Files**", "**Memory**", "**Time**", "**What to change**"):
+        assert subject in text, f"{relative(path)}: the note says nothing about {subject}"
+    if "safetensors" in text:
+        assert re.search(r"\]\(https://(huggingface\.co|github\.com)/", text), f"{relative(path)}: files without a link"
+    named = {name for name in re.findall(r"\*\*(\d\d_\w+)\*\*", text)}
+    assert named <= {other.stem for other in WORKFLOWS}, f"{relative(path)}: the note names a workflow that does not exist"
+
+
+@pytest.mark.parametrize("path", API_WORKFLOWS + EARLIER_API, ids=relative)
 def test_api_workflow_is_whole(path: Path) -> None:
     graph = load(path)
-    known = our_node_ids() | CORE_NODES
-    assert {n["class_type"] for n in graph.values()} <= known
+    ours = inputs_of_our_nodes()
+    assert {n["class_type"] for n in graph.values()} <= our_node_ids() | CORE_NODES
+    for key, node in graph.items():
+        if node["class_type"] in ours:
+            assert set(node["inputs"]) <= ours[node["class_type"]], f"node {key}: the node has no such input any more"
     for key, node in graph.items():
         for name, value in node["inputs"].items():
             if isinstance(value, list):
@@ -189,7 +225,7 @@ def test_api_workflow_is_whole(path: Path) -> None:
                 assert value[0] in graph, f"node {key}, input {name}: there is no node {value[0]}"
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=relative)
+@pytest.mark.parametrize("path", WORKFLOWS + EARLIER, ids=relative)
 def test_ui_workflow_links_are_consistent(path: Path) -> None:
     graph = load(path)
     nodes = {n["id"]: n for n in graph["nodes"]}
@@ -215,7 +251,7 @@ def widget_values(node: dict) -> list:
     return [v for v, is_linked in zip_longest(values, linked, fillvalue=False) if not is_linked]
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=relative)
+@pytest.mark.parametrize("path", WORKFLOWS + EARLIER, ids=relative)
 def test_ui_and_api_form_agree(path: Path) -> None:
     api_path = path.parent / "api" / path.name
     assert api_path.exists(), f"{relative(path)} has no API form"
@@ -229,7 +265,7 @@ def test_ui_and_api_form_agree(path: Path) -> None:
         assert widget_values(node) in by_class[node["type"]], f"{node['type']}: {widget_values(node)} is not in the API form"
 
 
-@pytest.mark.parametrize("path", WORKFLOWS + API_WORKFLOWS, ids=relative)
+@pytest.mark.parametrize("path", WORKFLOWS + API_WORKFLOWS + EARLIER + EARLIER_API, ids=relative)
 def test_workflow_names_no_absolute_path(path: Path) -> None:
     def strings(value: object) -> Iterator[str]:
         if isinstance(value, str):
