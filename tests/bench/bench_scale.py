@@ -85,7 +85,7 @@ operations it is {flops.self_attention / flops.total:.0%} of {flops.total:.2g}. 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--most", type=int, default=14_400, help="tokens")
+    parser.add_argument("--most", type=int, default=7200, help="tokens")
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
