@@ -47,6 +47,8 @@ NODES = {
     "AllegroSampler": (["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "denoise",
                         "noise_source"], ["LATENT"]),
     "AllegroCache": (["model", "level"], ["MODEL"]),
+    "AllegroAttention": (["model", "attention"], ["MODEL"]),
+    "AllegroCompile": (["model"], ["MODEL"]),
     "AllegroVideoVAEEncode": (["pixels", "vae", "tile_size", "overlap", "temporal_size", "temporal_overlap"], ["LATENT"]),
     "AllegroVideoVAEDecode": (["samples", "vae", "tile_size", "overlap", "temporal_size", "temporal_overlap"], ["IMAGE"]),
     "LoadAllegroFrameInterpolator": (["model_name", "dtype"], ["INTERP_MODEL"]),
@@ -64,7 +66,8 @@ CATEGORIES = {
     "AllegroT5Encode": "conditioning", "EmptyAllegroLatentVideo": "latent", "AllegroScheduler": "sampling",
     "AllegroImageToVideo": "conditioning", "AllegroKeyframes": "conditioning", "AllegroContinueVideo": "conditioning",
     "AllegroJoinVideos": "video",
-    "AllegroSampler": "sampling", "AllegroCache": "sampling", "AllegroVideoVAEEncode": "vae", "AllegroVideoVAEDecode": "vae",
+    "AllegroSampler": "sampling", "AllegroCache": "sampling", "AllegroAttention": "optimization",
+    "AllegroCompile": "optimization", "AllegroVideoVAEEncode": "vae", "AllegroVideoVAEDecode": "vae",
     "LoadAllegroFrameInterpolator": "loaders", "AllegroFrameInterpolate": "video",
     "AllegroDownload": "loaders",
 }
