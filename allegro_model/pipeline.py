@@ -15,14 +15,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attention import AttentionShape, Kernel, check_attention, choose_attention
 from .compiling import CompiledBlocks
@@ -70,6 +70,7 @@ from .sampling.guidance import check_guidance
 from .sampling.noise import MAX_SEED
 from .sampling.samplers import Callback, Denoise
 from .sampling.schedule import check_schedule
+from .streaming import Streamed, layers_of_dit, streamed_bytes, whole_bytes
 from .text import TextEncoder, format_negative, format_prompt
 from .vae import Tiling, VideoVAE, denormalise, normalise
 from .vae.tiling import Progress
@@ -79,6 +80,9 @@ log = logging.getLogger(__name__)
 # Below this size reduced precision gains nothing, and rounding of the noise prediction is amplified 157-fold
 # in the first step.
 SMALL_MODEL_PARAMETERS = 100_000_000
+OFFLOADS = ("auto", "none", "stream")
+# The text encoder's working memory for 512 tokens: a float32 map of attention for each head, and a 2.5 times wider layer.
+_TEXT_WORKING_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,9 @@ class AllegroPipeline:
         loras: (path, strength) of LoRAs, merged into the transformer whenever it is loaded.
         transformer: another one than the folder's own: a file, or a folder of weights.
         attention: the kernel of the transformer, one of `ATTENTIONS`; "auto" measures the exact ones.
+
+    Attributes:
+        offload: one of `OFFLOADS`; see `from_pretrained`.
     """
 
     def __init__(self, root: Path, defaults: SamplingConfig, *, device: torch.device,
@@ -190,16 +197,18 @@ class AllegroPipeline:
         self.attention = attention
         self.compiled: CompiledBlocks | None = None
         self.calibration: CacheCalibration | None = None  # of step caches; None takes that beside the weights
+        self.offload = "auto"
         self._kernels: dict[tuple[Any, ...], Kernel] = {}  # by what they were chosen for
         self._dit: AllegroDiT | None = None
         self._vae: VideoVAE | None = None
 
     @classmethod
-    def from_pretrained(cls, model: str | PathLike[str] = "tiny", *, device: str | torch.device = "auto",
+    def from_pretrained(cls, model: str | PathLike[str] = "tiny", *,  # noqa: PLR0913 (each is a choice of its own)
+                        device: str | torch.device = "auto",
                         dtype: str | torch.dtype = "auto", tiling: Tiling | None = None,
                         loras: Sequence[tuple[str | Path, float]] = (),
                         transformer: str | PathLike[str] | None = None, attention: str = "auto",
-                        compile_blocks: bool = False) -> AllegroPipeline:
+                        compile_blocks: bool = False, offload: str = "auto") -> AllegroPipeline:
         """Opens a model; weights are read when they are first needed.
 
         Args:
@@ -213,8 +222,11 @@ class AllegroPipeline:
             attention: the kernel of the transformer, one of `allegro_model.attention.ATTENTIONS`; "auto" measures those
                 that are there and exact, once for each size of clip, and takes the fastest.
             compile_blocks: run the blocks of the transformer through torch.compile, and without where that fails.
+            offload: where the weights of the transformer and the text encoder are while they run. "none": on the device.
+                "stream": where they are, and each layer is brought to the device when it is called. "auto": streamed where
+                they do not fit, and on a CPU where the file has another type than the run. The result is the same.
         Raises:
-            ScheduleError: there is no such attention.
+            ScheduleError: there is no such attention or offload.
             UnsupportedCheckpoint: not a model folder.
             CheckpointMismatch: `transformer` was made for another text encoder.
         """
@@ -225,6 +237,9 @@ class AllegroPipeline:
         pipeline = cls(root, load_sampling_defaults(root, part), device=resolve_device(device),
                        dtype=resolve_dtype(dtype), tiling=tiling, loras=loras, transformer=part, attention=attention)
         pipeline.compiled = CompiledBlocks() if compile_blocks else None
+        if offload not in OFFLOADS:
+            raise ScheduleError(f"offload={offload!r}: must be one of {', '.join(OFFLOADS)}.")
+        pipeline.offload = offload
         return pipeline
 
     # Networks: memory-mapped when something about them is asked, moved to the device when they run
@@ -312,18 +327,35 @@ class AllegroPipeline:
         return sum(math.prod(shape) for shape in source.shapes.values())
 
     def load_text_encoder(self) -> TextEncoder:
-        """The text encoder, on the pipeline's device if it fits there, else on the CPU."""
-        encoder = load_text_encoder(self.root, dtype=self.text_dtype, max_length=self.defaults.text_length)
-        needed = sum(p.numel() * p.element_size() for p in encoder.model.parameters())
-        if self.device.type != "cpu" and not self._fits(needed):
-            # Networks of an earlier run make room; they are mapped again when they are needed.
-            self._dit = self._vae = None
-        if self.device.type == "cpu" or self._fits(needed):
-            encoder.model.to(self.device)
-        else:
-            log.warning("The text encoder (%.1f GiB) does not fit on %s; it runs on the CPU, which is slower.",
-                        needed / 2**30, self.device)
-        return encoder
+        """The text encoder, mapped as it is stored; `encode_prompt` brings it to the device."""
+        return load_text_encoder(self.root, dtype=None, max_length=self.defaults.text_length)
+
+    @contextmanager
+    def _running(self, network: nn.Module, layers: Sequence[nn.Module], dtype: torch.dtype, working: int) -> Iterator[None]:
+        """While this lasts, a network can run on the device: moved there as a whole, or layer by layer.
+
+        Args:
+            network: in main memory, mapped, if it is to be streamed; see `_must_stream`.
+            layers: of the network, in the order of their calls.
+            dtype: to run in.
+            working: bytes that it needs beside its weights.
+        """
+        if not self._must_stream(network, dtype, working):
+            network.to(self.device, dtype)
+            yield
+            return
+        log.info("%s is streamed: its weights stay where they are, and each layer comes to %s when it is called.",
+                 type(network).__name__, self.device)
+        with Streamed(network, layers, self.device, dtype):
+            yield
+
+    def _must_stream(self, network: nn.Module, dtype: torch.dtype, working: int) -> bool:
+        if self.offload != "auto":
+            return self.offload == "stream"
+        missing = whole_bytes(network, self.device, dtype)
+        if self.device.type == "cpu":  # converting it as a whole would take memory, converting a layer takes no time
+            return missing > 0 and sum(p.numel() for p in network.parameters()) >= SMALL_MODEL_PARAMETERS
+        return not self._fits(missing + working)
 
     def _fits(self, needed: int) -> bool:
         free = free_bytes(self.device)
@@ -361,7 +393,12 @@ class AllegroPipeline:
         if guidance_scale != 1.0:
             negative = self.defaults.negative_prompt if negative_prompt is None else negative_prompt
             texts.append(format_negative(negative, clean=clean))
-        embeds, mask = self.load_text_encoder().encode(texts)
+        encoder = self.load_text_encoder()
+        if self._must_stream(encoder.model, self.text_dtype, _TEXT_WORKING_BYTES) and self.device.type != "cpu":
+            # Networks of an earlier run make room; they are mapped again when they are needed.
+            self._dit = self._vae = None
+        with self._running(encoder.model, encoder.layers, self.text_dtype, _TEXT_WORKING_BYTES):
+            embeds, mask = encoder.encode(texts)
         prompts = [Prompt(embeds[i : i + 1], mask[i : i + 1]) for i in range(len(texts))]
         return PromptEmbeds(prompts[0], prompts[1] if len(prompts) > 1 else None)
 
@@ -377,22 +414,21 @@ class AllegroPipeline:
             clip = frames_bytes(settings.width, settings.height, settings.num_frames)
             check_memory(f"A clip of {settings.num_frames} frames of {settings.width}x{settings.height}",
                          clip, host, remedy)
-            # Whatever does not fit on an accelerator runs here, so that the text encoder must fit here.
-            check_memory("The text encoder", self._text_parameters() * self.text_dtype.itemsize, host,
-                         "closing other programs; a machine with more memory")
         free = free_bytes(self.device)
         if free is not None:
-            check_memory("Sampling", self._dit_bytes() + self.sampling_bytes(settings), free,
-                         f"--dtype bf16 if it is not; {remedy}")
+            if self.offload == "none":
+                check_memory("The text encoder", self._text_parameters() * self.text_dtype.itemsize, free,
+                             "--offload auto (offload=); closing other programs")
+            check_memory("Sampling", self._dit_bytes(settings) + self.sampling_bytes(settings), free,
+                         f"--offload auto (offload=) if it is none; --dtype bf16 if it is not; {remedy}")
         self.check_tile_memory(settings.num_frames, settings.height, settings.width)
 
-    def _dit_bytes(self) -> int:
+    def _dit_bytes(self, settings: SampleSettings) -> int:
         """What the transformer will take of the device's memory: nothing if it is there already."""
         dit = self._load_dit()
-        weight = dit.proj_out.weight
-        if weight.device.type == self.device.type != "cpu" and weight.dtype == self.dit_dtype:
-            return 0
-        return sum(p.numel() for p in dit.parameters()) * self.dit_dtype.itemsize
+        if self._must_stream(dit, self.dit_dtype, self.sampling_bytes(settings)):
+            return streamed_bytes(dit, layers_of_dit(dit), self.dit_dtype)
+        return whole_bytes(dit, self.device, self.dit_dtype)
 
     def check_tile_memory(self, num_frames: int, height: int, width: int) -> None:
         """Raises before anything is allocated when the VAE cannot run on a clip of this size.
@@ -502,16 +538,10 @@ class AllegroPipeline:
         sigmas = reference_sigmas(s.num_steps, s.denoise)
         noise = NoiseSource([s.seed], state.latents.shape[1:], skip=1 + state.step)
         if self._vae is not None and self.device.type != "cpu" and not self._fits(
-                self._dit_bytes() + self.sampling_bytes(s)):
+                self._dit_bytes(s) + self.sampling_bytes(s)):
             self._vae = None  # where frames were encoded; it is read again to decode
         cache = None if s.cache == "off" else StepCache(s.cache, self.cache_calibration())
-        dit, kernel = self.dit, self.kernel(s)
-        dit.attention = kernel.run
-        denoise: Denoise = Denoiser(dit, prompts.positive, prompts.negative, s.guidance_scale,
-                                    batched=self._batched(s), condition=state.condition, cache=cache)
-        if state.kept is not None:
-            denoise = keep_latents(denoise, state.kept.to(self.device), state.kept_start)
-        last = state.denoised
+        kernel, last = self.kernel(s), state.denoised
 
         def after_step(info: StepInfo) -> None:
             nonlocal last
@@ -522,7 +552,12 @@ class AllegroPipeline:
             if callback is not None:
                 callback(info)
 
-        with nullcontext() if self.compiled is None else self.compiled.applied(dit.transformer_blocks):
+        with self._running_dit(s) as dit:
+            dit.attention = kernel.run
+            denoise: Denoise = Denoiser(dit, prompts.positive, prompts.negative, s.guidance_scale,
+                                        batched=self._batched(s), condition=state.condition, cache=cache)
+            if state.kept is not None:
+                denoise = keep_latents(denoise, state.kept.to(self.device), state.kept_start)
             x = SAMPLERS[s.sampler](
                 denoise, state.latents.to(self.device), sigmas, noise.draw, start=state.step, stop=stop,
                 previous=None if last is None else last.to(self.device), callback=after_step)
@@ -543,6 +578,19 @@ class AllegroPipeline:
             path = cache_file(self.transformer)
             self.calibration = CacheCalibration.from_dict(read_json(path), str(path)) if path.is_file() else BUNDLED
         return self.calibration
+
+    @contextmanager
+    def _running_dit(self, settings: SampleSettings) -> Iterator[AllegroDiT]:
+        """The transformer, which can run for as long as this lasts."""
+        working = self.sampling_bytes(settings)
+        if self.device.type != "cpu" and self._must_stream(self._load_dit(), self.dit_dtype, working):
+            self._dit = None  # an earlier, smaller run may have left it on the device
+        dit = self._load_dit()
+        with ExitStack() as stack:
+            stack.enter_context(self._running(dit, list(layers_of_dit(dit)), self.dit_dtype, working))
+            if self.compiled is not None:
+                stack.enter_context(self.compiled.applied(dit.transformer_blocks))
+            yield dit
 
     def _batched(self, settings: SampleSettings) -> bool:
         """Whether both prompts go through the network at once."""

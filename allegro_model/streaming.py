@@ -207,4 +207,4 @@ def _restore(saved: Iterable[tuple[nn.Module, Slots]]) -> None:
 
 def _apply(module: nn.Module, change: Any) -> None:
     """`change` for the weights of one module, without its children; what a module does on its own when moved, it does."""
-    module._apply(change, recurse=False)  # type: ignore[no-untyped-call]
+    module._apply(change, recurse=False)

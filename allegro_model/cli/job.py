@@ -157,7 +157,8 @@ def open_model(job: Job) -> AllegroPipeline:
                                                loras=getattr(args, "lora", ()),
                                                transformer=getattr(args, "transformer", None),
                                                attention=getattr(args, "attention", "auto"),
-                                               compile_blocks=getattr(args, "compile", False))
+                                               compile_blocks=getattr(args, "compile", False),
+                                               offload=getattr(args, "offload", "auto"))
     pipeline.tiling = _tiling(args, pipeline)
     job.report.facts["model"] = model_name(job)
     job.report.facts["device"] = str(pipeline.device)

@@ -12,7 +12,7 @@ from ..conditioning import FITS
 from ..loading import bundled_models
 from ..loading.released import MODELS, PARTS, TEXT_ENCODERS
 from ..media import FORMATS, QUALITIES
-from ..pipeline import DTYPES
+from ..pipeline import DTYPES, OFFLOADS
 from ..sampling import CACHE_LEVELS, SAMPLERS
 from ..vfi import DEFAULT_THRESHOLD, FLOW_SCALES
 from .options import Parser, add_command, add_report, prepare, start_parser, triple
@@ -348,6 +348,9 @@ def _add_model(parser: Parser, *, generate: bool = False) -> None:
         group.add_argument("--attention", default="auto", choices=ATTENTIONS,
                            help="kernel of the transformer's attention (default auto: the fastest exact one, measured before the "
                                 "first step); sage is approximate; one that cannot be used here is replaced by sdpa")
+        group.add_argument("--offload", default="auto", choices=OFFLOADS,
+                           help="where the weights are: none, on the device; stream, in main memory, and each layer comes to the "
+                                "device when it is called: less memory, the same video (default auto: stream where they do not fit)")
         group.add_argument("--compile", action="store_true",
                            help="run the transformer's blocks through torch.compile, which takes a minute or more before the first "
                                 "step; where it fails the run goes on without it")

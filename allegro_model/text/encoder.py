@@ -49,6 +49,11 @@ class TextEncoder:
         self.model = model
         self.max_length = max_length
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of the model, in the order of their calls."""
+        return list(self.model.encoder.block)  # type: ignore[union-attr,arg-type]
+
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token numbers and mask, on the CPU.
 

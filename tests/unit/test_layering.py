@@ -13,7 +13,7 @@ PACKAGE = ROOT / "allegro_model"
 BASE = {"errors", "config", "atomic"}
 SHARED = BASE | {"attention", "ops", "geometry", "tensors", "costs", "quantised"}
 STAGES = SHARED | {"dit", "vae", "text", "vfi"}
-PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "compiling", "conditioning", "joining", "prompt_store"}
+PIPELINE = STAGES | {"sampling", "loading", "media", "memory", "streaming", "compiling", "conditioning", "joining", "prompt_store"}
 COMMANDS = PIPELINE | {"pipeline", "latents", "calibration", "download", "client"}
 ALLOWED = {
     "errors": set(),
@@ -35,6 +35,7 @@ ALLOWED = {
     "loading": STAGES,
     "media": SHARED,
     "memory": BASE,
+    "streaming": BASE,
     "prompt_store": BASE | {"media"},
     "compiling": BASE | {"attention", "dit", "memory"},
     "pipeline": PIPELINE,

@@ -174,12 +174,14 @@ def test_a_clip_that_cannot_fit_is_refused_before_allocation(tiny, monkeypatch):
         tiny.check_memory(tiny.settings(width=1280, height=720, num_frames=88))
 
 
-def test_the_text_encoder_counts_as_memory_and_keeps_its_precision(tiny, monkeypatch):
+def test_the_text_encoder_keeps_its_precision_and_counts_as_memory_where_it_is_not_streamed(tiny, monkeypatch):
     assert tiny.text_dtype is torch.float32  # small
     monkeypatch.setattr(AllegroPipeline, "_text_parameters", lambda self: 5 * 10**9)
     assert tiny.text_dtype is torch.bfloat16
     assert AllegroPipeline.from_pretrained("tiny", device="cpu", dtype="fp32").text_dtype is torch.float32
     monkeypatch.setattr(pipeline, "free_bytes", lambda device: 8 << 30)
+    tiny.check_memory(tiny.settings(**SMALL))
+    monkeypatch.setattr(tiny, "offload", "none")
     with pytest.raises(NotEnoughMemory, match=r"The text encoder needs about 9.3 GiB"):
         tiny.check_memory(tiny.settings(**SMALL))
 
