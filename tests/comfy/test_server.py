@@ -38,6 +38,7 @@ NODES = {
     "LoadAllegroVAE": (["vae_name", "dtype"], ["VAE"]),
     "AllegroLoraLoader": (["model", "lora_name", "strength_model"], ["MODEL"]),
     "AllegroT5Encode": (["clip", "text", "role", "clean_caption", "prompt_weighting"], ["CONDITIONING"]),
+    "AllegroStoryboard": (["storyboard", "clip"], ["STRING", "STRING", "INT"]),
     "EmptyAllegroLatentVideo": (CLIP_SIZE, ["LATENT"]),
     "AllegroImageToVideo": (["positive", "negative", "vae", *CLIP_SIZE, "fit"], GIVEN),
     "AllegroKeyframes": (["positive", "negative", "vae", "images", "positions", *CLIP_SIZE, "fit"], GIVEN),
@@ -54,16 +55,18 @@ NODES = {
     "LoadAllegroFrameInterpolator": (["model_name", "dtype"], ["INTERP_MODEL"]),
     "AllegroFrameInterpolate": (["interp_model", "images", "multiplier", "source_fps", "target_fps", "hold_last",
                                  "scene_threshold", "flow_scale", "tta"], ["IMAGE", "FLOAT"]),
+    "AllegroReport": (["after"], ["*", "STRING", "IMAGE"]),
     "AllegroDownload": (["model", "text_encoder", "download"], ["STRING"]),
 }
 OPTIONAL = {
+    "AllegroT5Encode": ["disk_cache"],
     "AllegroImageToVideo": ["start_image", "end_image"],
     "AllegroKeyframes": ["images_2", "images_3", "images_4"],
     "AllegroContinueVideo": ["samples"],
 }
 CATEGORIES = {
     "LoadAllegroDiT": "loaders", "LoadAllegroT5": "loaders", "LoadAllegroVAE": "loaders", "AllegroLoraLoader": "loaders",
-    "AllegroT5Encode": "conditioning", "EmptyAllegroLatentVideo": "latent", "AllegroScheduler": "sampling",
+    "AllegroT5Encode": "conditioning", "AllegroStoryboard": "conditioning", "AllegroReport": "utils", "EmptyAllegroLatentVideo": "latent", "AllegroScheduler": "sampling",
     "AllegroImageToVideo": "conditioning", "AllegroKeyframes": "conditioning", "AllegroContinueVideo": "conditioning",
     "AllegroJoinVideos": "video",
     "AllegroSampler": "sampling", "AllegroCache": "sampling", "AllegroAttention": "optimization",
