@@ -33,6 +33,7 @@ _COMMANDS = {
     "generate": "generate", "decode": "convert", "encode": "convert", "interpolate": "interpolate",
     "convert-vfi": "convert_vfi", "download": "download", "submit": "submit", "inspect": "inspect",
     "estimate": "estimate", "bench": "bench", "calibrate": "calibrate",
+    "convert": "convert_weights",
 }
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import comfy.utils
 
+from ...allegro_model.errors import UnsupportedCheckpoint
 from ...allegro_model.loading import Source, open_source
 from ...allegro_model.loading.keymaps import is_quant_name, native_tensor, split_prefixes
+from ...allegro_model.loading.source import packed_layouts
 from .compat import Weights, prepare_quantised
 
 
@@ -36,6 +38,7 @@ def open_file(path: str, family: str) -> OpenedFile:
         CheckpointError, UnsupportedCheckpoint, CheckpointMismatch: with a sentence for the user.
     """
     source = open_source(path, family)
+    _refuse_packed(source)
     stored: Weights = {}
     metadata: dict[str, str] = {}
     for file in source.header.files:
@@ -48,3 +51,12 @@ def open_file(path: str, family: str) -> OpenedFile:
     if companions or "_quantization_metadata" in metadata:
         weights = prepare_quantised(weights | companions, metadata)
     return OpenedFile(source, weights)
+
+
+def _refuse_packed(source: Source) -> None:
+    """ComfyUI multiplies with float8 by itself; other packed matrices it would take for numbers."""
+    kinds = sorted({layout.name for layout in packed_layouts(source).values() if not layout.name.startswith("float8")})
+    if kinds:
+        raise UnsupportedCheckpoint(f"{source.path} is stored as {', '.join(kinds)}, which these nodes do not read yet; expected "
+                                    "bfloat16, float16, float32 or float8. Use an fp8 file, such as allegro convert --format fp8 "
+                                    "makes, or the file on the command line.")

@@ -1,0 +1,90 @@
+"""`allegro convert`: a transformer, a text encoder, or both of a whole model, in fewer bits."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..atomic import check_output
+from ..errors import OutputError
+from ..loading import bundled_model, bundled_models, component_folder, is_snapshot
+from ..loading.convert import Converted, convert_checkpoint, suffix_of
+from .base import Job, check_report_output
+from .console import size
+
+_WORST = 8  # tensors in the table
+# Part of a model -> the name under which it is published.
+_PARTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model"}
+_COPIED = ("vae", "tokenizer", "scheduler")
+
+
+def convert(job: Job) -> None:
+    """Runs the command.
+
+    Raises:
+        AllegroError: see the exit codes.
+    """
+    args = job.args
+    job.report.stage = "checking"
+    check_report_output(job)
+    source = bundled_model(args.source) if args.source in bundled_models() else Path(args.source)
+    output = Path(args.output)
+    if not is_snapshot(source):
+        check_output(output, force=job.force)
+        job.report.facts["tensors"] = _one(job, source, output)
+    else:
+        job.report.facts["tensors"] = _whole(job, source, output)
+    job.report.facts |= {"format": args.format, "output": [str(output)]}
+    job.say_result(str(output))
+
+
+def _whole(job: Job, source: Path, output: Path) -> dict[str, object]:
+    """A model folder: both large parts converted, the others copied."""
+    if output.exists() and not job.force:
+        raise OutputError(f"{output} already exists and was left as it is. Add --force to replace its files, or choose "
+                          "another name.")
+    found: dict[str, object] = {}
+    for part, stem in _PARTS.items():
+        folder = component_folder(source, part)
+        (output / part).mkdir(parents=True, exist_ok=True)
+        found[part] = _one(job, folder, output / part / f"{stem}{suffix_of(job.args.format)}")
+        if (folder / "config.json").is_file():
+            shutil.copyfile(folder / "config.json", output / part / "config.json")
+    for part in _COPIED:
+        if component_folder(source, part).is_dir():
+            shutil.copytree(component_folder(source, part), output / part, dirs_exist_ok=True)
+    if (source / "model_index.json").is_file():
+        shutil.copyfile(source / "model_index.json", output / "model_index.json")
+    return found
+
+
+def _one(job: Job, source: Path, output: Path) -> dict[str, object]:
+    """One file, and the table of what it lost."""
+    job.report.stage = "converting"
+    with (job.report.measure("converting", torch.device("cpu")), job.console.progress("Converting", "tensor") as bar):
+        done = convert_checkpoint(source, output, job.args.format, force=job.force, progress=bar.update)
+    job.console.say(_table(done, output))
+    return {tensor.name: {"stored_as": tensor.stored_as, "bytes": tensor.num_bytes, "relative_error": tensor.relative}
+            for tensor in done}
+
+
+def _table(done: list[Converted], output: Path) -> str:
+    kinds: dict[str, list[Converted]] = {}
+    for tensor in done:
+        kinds.setdefault(tensor.stored_as, []).append(tensor)
+    lines = [f"{output}: {size(output.stat().st_size)}. Relative error (root mean square), over all tensors "
+             f"{_overall(done):.4f}; by type:"]
+    lines += [f"  {kind:<14} {len(of):>5} tensors {size(sum(t.num_bytes for t in of)):>11}  {_overall(of):.4f}"
+              for kind, of in kinds.items()]
+    worst = sorted((tensor for tensor in done if tensor.error), key=lambda tensor: -tensor.relative)[:_WORST]
+    if worst:
+        lines += ["The largest errors:", *(f"  {t.relative:.4f}  {t.name} ({t.stored_as})" for t in worst)]
+    return "\n".join(lines)
+
+
+def _overall(tensors: list[Converted]) -> float:
+    energy = sum(tensor.energy for tensor in tensors)
+    return math.sqrt(sum(tensor.error for tensor in tensors) / energy) if energy else 0.0
