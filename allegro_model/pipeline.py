@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -55,6 +55,7 @@ from .loading import (
 from .loading.files import cache_file, read_json
 from .loading.source import config_of
 from .memory import both_prompts_fit, free_bytes, is_out_of_memory
+from .prompt_store import PromptStore, files_identity, prompt_key
 from .sampling import (
     SAMPLERS,
     Denoiser,
@@ -198,6 +199,7 @@ class AllegroPipeline:
         self.compiled: CompiledBlocks | None = None
         self.calibration: CacheCalibration | None = None  # of step caches; None takes that beside the weights
         self.offload = "auto"
+        self.prompt_store: PromptStore | None = None
         self._kernels: dict[tuple[Any, ...], Kernel] = {}  # by what they were chosen for
         self._dit: AllegroDiT | None = None
         self._vae: VideoVAE | None = None
@@ -208,7 +210,8 @@ class AllegroPipeline:
                         dtype: str | torch.dtype = "auto", tiling: Tiling | None = None,
                         loras: Sequence[tuple[str | Path, float]] = (),
                         transformer: str | PathLike[str] | None = None, attention: str = "auto",
-                        compile_blocks: bool = False, offload: str = "auto") -> AllegroPipeline:
+                        compile_blocks: bool = False, offload: str = "auto",
+                        prompt_cache: str | PathLike[str] | None = None) -> AllegroPipeline:
         """Opens a model; weights are read when they are first needed.
 
         Args:
@@ -225,6 +228,8 @@ class AllegroPipeline:
             offload: where the weights of the transformer and the text encoder are while they run. "none": on the device.
                 "stream": where they are, and each layer is brought to the device when it is called. "auto": streamed where
                 they do not fit, and on a CPU where the file has another type than the run. The result is the same.
+            prompt_cache: a folder where encoded prompts are kept, at most 1 GB, so that the same one never needs the text
+                encoder again; None keeps nothing.
         Raises:
             ScheduleError: there is no such attention or offload.
             UnsupportedCheckpoint: not a model folder.
@@ -240,6 +245,7 @@ class AllegroPipeline:
         if offload not in OFFLOADS:
             raise ScheduleError(f"offload={offload!r}: must be one of {', '.join(OFFLOADS)}.")
         pipeline.offload = offload
+        pipeline.prompt_store = None if prompt_cache is None else PromptStore(prompt_cache)
         return pipeline
 
     # Networks: memory-mapped when something about them is asked, moved to the device when they run
@@ -393,14 +399,33 @@ class AllegroPipeline:
         if guidance_scale != 1.0:
             negative = self.defaults.negative_prompt if negative_prompt is None else negative_prompt
             texts.append(format_negative(negative, clean=clean))
+        prompts = self._stored_or(self._encode, texts)
+        return PromptEmbeds(prompts[0], prompts[1] if len(prompts) > 1 else None)
+
+    def _encode(self, texts: list[str]) -> list[Prompt]:
+        """Each text by the text encoder."""
         encoder = self.load_text_encoder()
         if self._must_stream(encoder.model, self.text_dtype, _TEXT_WORKING_BYTES) and self.device.type != "cpu":
             # Networks of an earlier run make room; they are mapped again when they are needed.
             self._dit = self._vae = None
         with self._running(encoder.model, encoder.layers, self.text_dtype, _TEXT_WORKING_BYTES):
             embeds, mask = encoder.encode(texts)
-        prompts = [Prompt(embeds[i : i + 1], mask[i : i + 1]) for i in range(len(texts))]
-        return PromptEmbeds(prompts[0], prompts[1] if len(prompts) > 1 else None)
+        return [Prompt(embeds[i : i + 1], mask[i : i + 1]) for i in range(len(texts))]
+
+    def _stored_or(self, encode: Callable[[list[str]], list[Prompt]], texts: list[str]) -> list[Prompt]:
+        """Each text from the store; those that are not there are encoded, and kept."""
+        store = self.prompt_store
+        if store is None:
+            return encode(texts)
+        source = open_source(self.root, "t5-encoder", subfolder="text_encoder")
+        of_all = (files_identity(source.header.files), str(self.text_dtype), self.device.type, self.defaults.text_length)
+        keys = [prompt_key(*of_all, text) or "" for text in texts]  # text is JSON: there is always a key
+        found = {key: Prompt(**tensors) for key in keys if (tensors := store.get(key)) is not None}
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
+        for key, prompt in zip(missing, encode(list(missing.values())) if missing else [], strict=True):
+            store.put(key, prompt._asdict())
+            found[key] = prompt
+        return [Prompt(*(x.to(self.device) for x in found[key])) for key in keys]
 
     def check_memory(self, settings: SampleSettings) -> None:
         """Raises before anything is allocated when the clip cannot fit.

@@ -68,7 +68,7 @@ class PromptStore:
         max_bytes: what all entries may take together.
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> None:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
 

@@ -158,7 +158,8 @@ def open_model(job: Job) -> AllegroPipeline:
                                                transformer=getattr(args, "transformer", None),
                                                attention=getattr(args, "attention", "auto"),
                                                compile_blocks=getattr(args, "compile", False),
-                                               offload=getattr(args, "offload", "auto"))
+                                               offload=getattr(args, "offload", "auto"),
+                                               prompt_cache=getattr(args, "prompt_cache", None))
     pipeline.tiling = _tiling(args, pipeline)
     job.report.facts["model"] = model_name(job)
     job.report.facts["device"] = str(pipeline.device)

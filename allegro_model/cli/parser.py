@@ -381,6 +381,9 @@ def _add_model(parser: Parser, *, generate: bool = False) -> None:
         group.add_argument("--offload", default="auto", choices=OFFLOADS,
                            help="where the weights are: none, on the device; stream, in main memory, and each layer comes to the "
                                 "device when it is called: less memory, the same video (default auto: stream where they do not fit)")
+        group.add_argument("--prompt-cache", metavar="DIR",
+                           help="keep encoded prompts in this folder, at most 1 GB, so that the same one never needs the text "
+                                "encoder again; delete the folder to forget them")
         group.add_argument("--compile", action="store_true",
                            help="run the transformer's blocks through torch.compile, which takes a minute or more before the first "
                                 "step; where it fails the run goes on without it")

@@ -52,6 +52,28 @@ def test_the_same_seed_gives_the_same_and_another_seed_another(tiny, prompts):
     assert not torch.allclose(first, run(tiny, prompts, seed=8), atol=0.1)
 
 
+def test_a_stored_prompt_never_needs_the_text_encoder_again(prompts, tmp_path, monkeypatch):
+    """Of two prompts only the new one is encoded; what comes from the store is the same to the bit."""
+    stored = AllegroPipeline.from_pretrained("tiny", device="cpu", prompt_cache=tmp_path / "prompts")
+    first = stored.encode_prompt(PROMPT, guidance_scale=3.0)
+    encoded = []
+    real = AllegroPipeline._encode
+    monkeypatch.setattr(AllegroPipeline, "_encode", lambda self, texts: (encoded.extend(texts), real(self, texts))[1])
+    second = stored.encode_prompt(PROMPT, guidance_scale=3.0)
+    assert encoded == []
+    for found in (first, second):
+        for one, other in zip((*found.positive, *found.negative), (*prompts.positive, *prompts.negative), strict=True):
+            assert torch.equal(one, other)
+            assert one.dtype == other.dtype
+    stored.encode_prompt("a blue square", guidance_scale=3.0)
+    assert encoded == ["a blue square"]
+    stored.encode_prompt(PROMPT, "blurred", guidance_scale=3.0)
+    assert encoded == ["a blue square", "blurred"]
+    AllegroPipeline.from_pretrained("tiny", device="cpu", dtype="bf16", prompt_cache=tmp_path / "prompts").encode_prompt(
+        PROMPT, guidance_scale=1.0)
+    assert encoded == ["a blue square", "blurred"], "the transformer's type is not the text encoder's"
+
+
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_a_run_saved_half_way_and_resumed_equals_one_run(tiny, prompts, sampler, tmp_path):
     whole = run(tiny, prompts, sampler=sampler)
