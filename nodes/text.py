@@ -85,7 +85,7 @@ class T5Encode(io.ComfyNode):
 def _summary(read: int, lost: int, words: str) -> str:
     """What became of the prompt, for the user."""
     if not lost:
-        return f"{read} tokens"
+        return "1 token" if read == 1 else f"{read} tokens"
     shown = words if len(words) <= _SHOWN else words[: _SHOWN - 3] + "..."
     return f"{read} tokens; {lost} more are not read: {shown}"
 
