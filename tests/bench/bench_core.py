@@ -48,6 +48,9 @@ def rows() -> Iterator[Row]:
             for dtype in ("float32", "bfloat16"):
                 name = f"VAE {direction}, {count} tile{'s' if count > 1 else ''} of 8x64x64, {dtype}"
                 yield Row(name, "vae", {"dtype": dtype, "direction": direction, "size": size, "tile": tile, "overlap": overlap})
+        large = [8, 160, 160]  # nearer to the released 24x320x320
+        yield Row(f"VAE {direction}, 1 tile of 8x160x160, float32", "vae",
+                  {"dtype": "float32", "direction": direction, "size": large, "tile": large, "overlap": [4, 64, 64]})
     yield Row("load a 5.5 GB DiT", "load", {"read": False})
     yield Row("load a 5.5 GB DiT and read every weight", "load", {"read": True})
     yield Row("import, with torch already imported", "import", {"import": "package"})
