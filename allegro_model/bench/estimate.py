@@ -119,6 +119,12 @@ def sampling_seconds(once: EvaluationSeconds, settings: SampleSettings) -> tuple
     return work.predictions, (work.attended * once.total + without * once.linear * (1 - _PROJECTIONS))
 
 
+def tiles_of(tiling: Tiling, shape: LatentShape) -> tuple[int, tuple[int, int, int]]:
+    """(number of tiles, cells of each in time, height and width)."""
+    times, rows, columns = tiling.plan(shape)
+    return len(times.starts) * len(rows.starts) * len(columns.starts), (times.tile, rows.tile, columns.tile)
+
+
 def estimate_run(networks: Networks, settings: SampleSettings, machine: Machine, *,
                  interpolator: EMAInterpolator | None = None, multiplier: int = 1) -> Estimate:
     """Measures for a few seconds and says what a run takes.
@@ -164,9 +170,8 @@ def _sampling(networks: Networks, settings: SampleSettings, machine: Machine, sh
 
 def _decoding(networks: Networks, settings: SampleSettings, machine: Machine, shape: LatentShape) -> StageEstimate:
     tiling = machine.tiling or Tiling.from_config(networks.vae)
-    times, rows, columns = tiling.plan(shape)
-    tiles = len(times.starts) * len(rows.starts) * len(columns.starts)
-    cells = (times.tile, rows.tile, columns.tile)
+    _, rows, columns = tiling.plan(shape)
+    tiles, cells = tiles_of(tiling, shape)
     seconds = tiles * decode_seconds(networks, cells, device=machine.device)
     pixels = (4 * cells[0], 8 * cells[1], 8 * cells[2])
     at_once = min(tiling.tiles_per_batch, len(rows.starts) * len(columns.starts))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import Attention
+from ..config import DiTConfig
 from ..costs import text_flops, vae_decode_flops
 from ..geometry import LatentShape, token_count
 from ..vfi import EMAInterpolator
@@ -60,8 +61,7 @@ def evaluation_seconds(networks: Networks, shape: LatentShape, *, device: torch.
         budget: seconds to measure, for each of two or three parts, about.
     """
     config, tokens = networks.dit, token_count(shape, networks.dit.patch_size)
-    queries, heads, attend = _attention_seconds(tokens, config, device, dtype, attention, budget)
-    attend *= tokens / queries * config.num_attention_heads / heads * config.num_layers
+    attend = attention_seconds(config, shape, device=device, dtype=dtype, attention=attention, budget=budget)
     counted, block = _block_seconds(networks, tokens, device, dtype, attention, budget)
     linear = block * tokens / counted * config.num_layers
     if (attend + linear) * batch * 3 > budget:
@@ -79,10 +79,17 @@ def _doubling(smallest: int, largest: int) -> Iterator[int]:
     yield largest
 
 
-def _attention_seconds(tokens: int, config: Any, device: torch.device, dtype: torch.dtype, attention: Attention,
-                       budget: float) -> tuple[int, int, float]:
-    """(queries, heads, seconds) of a self-attention over all keys: first more queries, then all heads, then all queries."""
-    width, most = config.attention_head_dim, config.num_attention_heads
+def attention_seconds(config: DiTConfig, shape: LatentShape, *, device: torch.device, dtype: torch.dtype, attention: Attention,
+                      budget: float) -> float:
+    """Seconds of the self-attentions of an evaluation, from one of some queries and heads over all keys.
+
+    Args:
+        config: of the transformer.
+        shape: of the latents.
+        device, dtype, attention: as in `evaluation_seconds`.
+        budget: seconds to measure, about; first for more queries, then all heads, then all queries.
+    """
+    tokens, width, most = token_count(shape, config.patch_size), config.attention_head_dim, config.num_attention_heads
     some = min(tokens, 2048)
     steps = [(queries, 1) for queries in _doubling(256, some)]
     steps += [(some, heads) for heads in _doubling(2, most)] + [(queries, most) for queries in _doubling(2 * some, tokens)]
@@ -95,7 +102,7 @@ def _attention_seconds(tokens: int, config: Any, device: torch.device, dtype: to
         return lambda: attention(q, k, v, heads)
 
     work, seconds = at_largest(make, sorted(by_work), budget, device)
-    return *by_work[work], seconds
+    return seconds * tokens * most / work * config.num_layers
 
 
 def _block_seconds(networks: Networks, tokens: int, device: torch.device, dtype: torch.dtype, attention: Attention,
@@ -147,7 +154,7 @@ def decode_seconds(networks: Networks, tile: tuple[int, int, int], *, device: to
     """Seconds of decoding one tile of (t, h, w) cells; a smaller one is timed where that is too much."""
     decoder = networks.random_decoder(device)
     sizes = {}
-    for edge in (2, 4, 8, 12, 16, 24, 32, max(tile)):
+    for edge in (4, 8, 12, 16, 24, 32, max(tile)):
         cells = (min(tile[0], -(-edge // 4)), min(tile[1], edge), min(tile[2], edge))
         sizes[vae_decode_flops(networks.vae, cells)] = cells
 

@@ -229,6 +229,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def roughly(seconds: float) -> str:
+    """A time span that is a guess: 40 s, 12 min, 2.5 h, 31 h."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.{int(seconds < 36_000)}f} h"
+
+
 def size(num_bytes: float) -> str:
     """A number of bytes in the largest fitting unit: 17 B, 1.5 MiB, 5.2 GiB."""
     for unit in ("B", "KiB", "MiB"):

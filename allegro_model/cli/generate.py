@@ -7,6 +7,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ..bench.estimate import Machine
+from ..bench.networks import Networks
+from ..bench.quick import foretell
 from ..conditioning import GivenFrames
 from ..latents import pack_latents, pack_state
 from ..media import check_fps
@@ -14,7 +17,7 @@ from ..pipeline import AllegroPipeline, PromptEmbeds, SampleState
 from ..sampling import StepInfo
 from ..vfi import FrameTimes
 from .base import Job
-from .console import size
+from .console import roughly, size
 from .given import Given, given_frames, join_latents, joiner, joins_video, kept_latents
 from .interpolate import Smoothing, open_smoothing
 from .job import (
@@ -150,6 +153,7 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
         f"{s.width}x{s.height}, {s.num_steps} steps of {s.sampler}, cfg {s.guidance_scale:g}, seed {s.seed}; "
         f"{str(pipeline.dit_dtype).removeprefix('torch.')} on {pipeline.device}, attention {kernel.describe()}, "
         f"{'compiled blocks, ' * args.compile}{_cache_name(s.cache)}, about {size(pipeline.sampling_bytes(s))} of working memory")
+    _foretell(job, plan, state)
     last: StepInfo | None = None
     try:
         with (job.report.measure("sampling", pipeline.device),
@@ -170,6 +174,18 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
         job.console.say(state.skipped)
         job.report.facts["skipped"] = state.skipped
     return state
+
+
+def _foretell(job: Job, plan: Plan, state: SampleState) -> None:
+    """Says before the first step how long a long run takes; not of weights that are streamed, whose way is not timed."""
+    pipeline, stop = plan.pipeline, plan.settings.num_steps if plan.stop is None else plan.stop
+    if job.console.quiet or pipeline.offload == "stream":
+        return
+    networks = Networks(pipeline.root.name, pipeline.dit_config, pipeline.vae_config, {}, pipeline.defaults)
+    machine = Machine(pipeline.device, pipeline.dit_dtype, pipeline.kernel(plan.settings).run, pipeline.tiling)
+    found = foretell(networks, plan.settings, machine, stop - state.step)
+    if found is not None:
+        job.console.say(f"About {roughly(found[0])} for {stop - state.step} steps, then about {roughly(found[1])} of decoding.")
 
 
 def _cache_name(level: str) -> str:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...allegro_model.config import DiTConfig
+from ...allegro_model.costs import dit_flops
 from ...allegro_model.errors import GeometryError, NonFiniteError, TextError
 from ...allegro_model.geometry import LatentShape, check_memory, estimate_sampling_bytes, token_count
 from ...allegro_model.sampling import NoiseSource, StepInfo, reference_sigmas
@@ -31,7 +33,13 @@ from .speed import attention_override
 
 logger = logging.getLogger(__name__)
 Latent = dict[str, Any]
+_TEXT_TOKENS = 128  # of a usual prompt; they hardly count
+# The model, its type, device, attention and step cache.
+Pace = tuple[DiTConfig, str, str, str, str]
 _WORTH_SAYING = 10  # seconds; below that nobody reads the estimate in time
+
+# Seconds per operation of the last run of each model and way to run it. Numbers only: what a run is told must outlast nodes.
+_speeds: dict[Pace, float] = {}
 
 # What ComfyUI needs for its own schedulers and for the ModelSamplingDiscrete node. Its name for plain linear
 # betas is "sqrt_linear".
@@ -92,9 +100,12 @@ def run(model: Any, positive: list[Any], negative: list[Any], latent: Latent, se
     else:
         noise = comfy.sample.prepare_noise(samples, settings.seed, latent.get("batch_index"))
         sampler = comfy.samplers.ksampler("euler_ancestral")
+    pace, operations = None, 0
     if config is not None:
         _announce(model, config, shape, samples.shape[0], settings)
-    watch = _Watch(model, _moving_preview(model, latent_preview.prepare_callback(model, settings.steps)))
+        pace, operations = _pace(model, config), _step_operations(config, shape, len(samples), settings)
+        _foretell(pace, operations, settings.steps)
+    watch = _Watch(model, pace, operations, _moving_preview(model, latent_preview.prepare_callback(model, settings.steps)))
     disable = not comfy.utils.PROGRESS_BAR_ENABLED
     result = comfy.sample.sample_custom(
         model, noise, settings.cfg, sampler, sigmas, positive, negative, samples,
@@ -124,10 +135,13 @@ def reference_sampler(draw: Callable[[], Tensor]) -> Callable[..., Tensor]:
 
 
 class _Watch:
-    """Callback of a run: previews and progress, the check after the first step, the estimate after two."""
+    """Callback of a run: previews and progress, the check after the first step, the estimate after two, and what the
+    next run is told."""
 
-    def __init__(self, model: Any, preview: Callable[..., None]) -> None:
+    def __init__(self, model: Any, pace: Pace | None, operations: int, preview: Callable[..., None]) -> None:
         self.model = model
+        self.pace = pace
+        self.operations = operations
         self.preview = preview
         self.first: float | None = None
 
@@ -139,10 +153,12 @@ class _Watch:
                     f"The first step gave NaN or Inf. The weights are {_dtype_name(self.model)}, the attention is "
                     f"{attention_name(self.model)}. Try, in this order: weight_dtype bf16 or fp32 in the loader; attention sdpa in "
                     "Allegro Attention, or ComfyUI without --use-sage-attention; the model without LoRA or patches.")
-        elif step == 1 and self.first is not None and total > 2:
-            seconds = (time.perf_counter() - self.first) * (total - 2)
-            if seconds > _WORTH_SAYING:
-                logger.info("Allegro sampling: about %s left", _duration(seconds))
+        elif self.first is not None:
+            each = (time.perf_counter() - self.first) / step
+            if step == 1 and each * (total - 2) > _WORTH_SAYING:
+                logger.info("Allegro sampling: about %s left", _duration(each * (total - 2)))
+            if self.pace is not None:
+                _speeds[self.pace] = each / self.operations
         self.preview(step, denoised, x, total)
 
 
@@ -209,6 +225,22 @@ def _announce(model: Any, config: Any, shape: LatentShape, batch: int, settings:
         config.num_layers, config.width, _dtype_name(model), batch, shape.frames * 4, shape.width * 8, shape.height * 8,
         token_count(shape, config.patch_size), settings.steps, settings.cfg, settings.seed, attention_name(model), _cache_name(model),
         batch * halves * needed / GIB, device)
+
+
+def _pace(model: Any, config: Any) -> Pace:
+    return config, _dtype_name(model), str(model.load_device), attention_name(model), _cache_name(model)
+
+
+def _step_operations(config: Any, shape: LatentShape, batch: int, settings: RunSettings) -> int:
+    """Of a step at which nothing is left out."""
+    return batch * (1 if settings.cfg == 1.0 else 2) * dit_flops(config, shape, _TEXT_TOKENS).total
+
+
+def _foretell(pace: Pace, operations: int, steps: int) -> None:
+    """What earlier runs of this process let one expect; nothing before the first."""
+    seconds = _speeds.get(pace, 0.0) * operations * steps
+    if seconds > _WORTH_SAYING:
+        logger.info("Allegro sampling: about %s for %d steps, by the last run of this model", _duration(seconds), steps)
 
 
 def _cache_name(model: Any) -> str:

@@ -15,12 +15,16 @@ from commands import run_command
 
 from allegro_model.attention import sdpa
 from allegro_model.bench import estimate as estimating
+from allegro_model.bench import quick
 from allegro_model.bench.estimate import Machine, estimate_run, sampling_seconds
 from allegro_model.bench.fit import fit_seconds
 from allegro_model.bench.measure import Measured, at_largest, in_turn, peak_of, randomise
 from allegro_model.bench.networks import META, T5_XXL, open_networks
 from allegro_model.bench.speed import EvaluationSeconds, evaluation_seconds
+from allegro_model.cli import generate as generating
+from allegro_model.cli.console import roughly
 from allegro_model.config import DIT_88X720P, PRESETS
+from allegro_model.costs import dit_flops
 from allegro_model.dit import AllegroDiT
 from allegro_model.errors import CheckpointError
 from allegro_model.geometry import latent_shape
@@ -190,6 +194,51 @@ def test_an_estimate_of_the_bundled_model() -> None:
     assert found.evaluations == 2 * d.num_steps
     assert all(stage.seconds > 0 and stage.working_bytes > 0 for stage in found.stages)
     assert found.stages[1].seconds == pytest.approx(found.step_seconds * d.num_steps)
+
+
+# A guess before the first step
+
+
+def seconds_each(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[int]:
+    """A machine of this many seconds per operation -> the list that its measurements are counted in."""
+    calls: list[int] = []
+    monkeypatch.setattr(quick, "_seconds_each", lambda *args: (calls.append(1), seconds)[1])
+    monkeypatch.setattr(quick, "attention_seconds", lambda config, shape, **named: seconds * dit_flops(config, shape, 1).self_attention)
+    return calls
+
+
+def test_nothing_is_measured_for_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = seconds_each(monkeypatch, 1.0)
+    assert quick.foretell(open_networks("tiny"), SampleSettings(96, 64, 24, 20, 7.5), Machine(CPU, torch.float32), 20) is None
+    assert calls == []
+    seconds_each(monkeypatch, 1e-18)
+    assert quick.foretell(open_networks("88x720P"), SampleSettings(1280, 720, 88, 100, 7.5), Machine(CPU, torch.float32), 100) is None
+
+
+def test_a_guess_at_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds_each(monkeypatch, 1e-12)
+    networks, settings = open_networks("88x720P"), SampleSettings(1280, 720, 88, 100, 7.5)
+    found = [quick.foretell(networks, settings, Machine(CPU, torch.float32), steps) for steps in (100, 25)]
+    assert found[0] is not None
+    assert found[1] == pytest.approx((found[0][0] / 4, found[0][1]))
+    operations = 200 * dit_flops(networks.dit, latent_shape(1280, 720, 88), 128).total
+    assert 1 < found[0][0] / (operations * 1e-12) < 1.3
+    assert found[0][1] > 100
+
+
+def test_generate_says_it_before_the_first_step(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("generate", "a red circle", "--output", "a.mp4", "--force", "--frames", 4, "--width", 32, "--height", 32, "--steps", 2)
+    assert "of decoding" not in allegro(*words)[2]
+    monkeypatch.setattr(generating, "foretell", lambda networks, settings, machine, steps: (360.0 * steps, 61.0))
+    _, _, err = allegro(*words)
+    assert "About 12 min for 2 steps, then about 61 s of decoding.\nSampling ..." in err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.2, "1 s"), (99, "99 s"), (140, "2 min"), (720, "12 min"), (5990, "100 min"), (9000, "2.5 h"), (111_600, "31 h"),
+])
+def test_a_guess_is_said_roughly(seconds: float, text: str) -> None:
+    assert roughly(seconds) == text
 
 
 # The commands

@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
@@ -402,6 +403,30 @@ def check_nan_is_reported_after_the_first_step(h: Host) -> None:
     assert len(steps) <= 2
     raises("NonFiniteError", "Decoding gave NaN or Inf", lambda: h.run(
         "AllegroVideoVAEDecode", samples={"samples": torch.full((1, 4, 6, 8, 12), float("nan"))}, vae=parts(h)[2], **TILES))
+
+
+def check_a_second_run_is_foretold_from_the_first(h: Host) -> None:
+    sampling = h.module("nodes.bridge.sampling")
+    sampling._speeds.clear()
+    told: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    worth, level = sampling._WORTH_SAYING, sampling.logger.level
+    sampling.logger.addHandler(handler)
+    sampling.logger.setLevel(logging.INFO)
+    sampling._WORTH_SAYING = 0
+    try:
+        counts = []
+        for _ in range(2):
+            sample(h, parts(h)[0])
+            counts.append(sum("by the last run of this model" in line for line in told))
+    finally:
+        sampling._WORTH_SAYING = worth
+        sampling.logger.setLevel(level)
+        sampling.logger.removeHandler(handler)
+    assert counts == [0, 1], told
+    (seconds,) = sampling._speeds.values()
+    assert 0 < seconds < 1e-6
 
 
 def check_impossible_sizes_are_refused_before_allocation(h: Host) -> None:
