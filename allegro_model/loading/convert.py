@@ -208,7 +208,7 @@ def _with_companions(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor
         else:
             yield name, TensorInfo(info.shape, torch.float8_e4m3fn)
             small[f"{base}scale_weight"] = TensorInfo((), torch.float32)
-            # Two elements ask for multiplication in full precision; what they are does not matter.
-            small["scaled_fp8"] = TensorInfo((2,), torch.float8_e4m3fn)
+            # Empty: older versions of ComfyUI refuse any other in a text encoder.
+            small["scaled_fp8"] = TensorInfo((0,), torch.float8_e4m3fn)
     # Aligned for those who map them: numbers of four bytes before single ones.
     yield from sorted(small.items(), key=lambda item: -item[1].dtype.itemsize)
