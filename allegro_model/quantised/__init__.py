@@ -6,6 +6,7 @@ from .layers import (
     QuantisedLinear,
     can_stay_packed,
     install,
+    stack_low_rank,
     weight_shapes,
 )
 from .layouts import BY_GGML_TYPE, BY_NAME, Layout, unpack
@@ -19,6 +20,7 @@ __all__ = [
     "QuantisedLinear",
     "can_stay_packed",
     "install",
+    "stack_low_rank",
     "unpack",
     "weight_shapes",
 ]

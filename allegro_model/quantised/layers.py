@@ -50,10 +50,10 @@ class QuantisedLayer(nn.Module):
         self._parameters["weight_scale"] = scale
         return self
 
-    def dense(self, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
-        """The matrix [rows, columns], or some of its rows."""
-        stored: Tensor = self.weight
-        scale: Tensor | None = self.weight_scale
+    def dense(self, dtype: torch.dtype, index: Tensor | None = None, device: torch.device | None = None) -> Tensor:
+        """The matrix [rows, columns], or some of its rows; the bytes go to `device` first, by default where they are."""
+        stored = self.weight.to(device)
+        scale = None if self.weight_scale is None else self.weight_scale.to(device)
         if index is not None:
             stored, scale = stored[index], scale[index] if scale is not None and scale.ndim else scale
         return unpack(self.layout, stored, scale, dtype)
@@ -96,16 +96,27 @@ class QuantisedLinear(QuantisedLayer):
             factor: strength * alpha / rank.
         """
         device = self.weight.device
-        down, up = down.to(device, torch.float32), factor * up.to(device, torch.float32)
-        self.down = down if self.down is None else torch.cat([self.down, down])
-        self.up = up if self.up is None else torch.cat([self.up, up], 1)
+        self.down, self.up = stack_low_rank(self.down, self.up, down.to(device), up.to(device), factor)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in the dtype of `x`."""
-        y = F.linear(x, self.dense(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        """[..., in] -> [..., out] in the dtype of `x`, and on its device, wherever a host keeps the bytes."""
+        y = F.linear(x, self.dense(x.dtype, device=x.device), None if self.bias is None else self.bias.to(x))
         if self.down is not None and self.up is not None:
-            y = y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+            y = y + F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
         return y
+
+
+def stack_low_rank(first_down: Tensor | None, first_up: Tensor | None, down: Tensor, up: Tensor,
+                   factor: float) -> tuple[Tensor, Tensor]:
+    """`down` and `up` of a `QuantisedLinear` with one LoRA more; those it has already are not changed.
+
+    Args:
+        first_down, first_up: [R, in] and [out, R] of the LoRAs before; None where there is none.
+        down, up, factor: as in `QuantisedLinear.add_low_rank`.
+    """
+    down, up = down.float(), factor * up.float()
+    return (down if first_down is None else torch.cat([first_down, down]),
+            up if first_up is None else torch.cat([first_up, up], 1))
 
 
 class QuantisedEmbedding(QuantisedLayer):
@@ -146,10 +157,11 @@ def install(model: nn.Module, layouts: Mapping[str, Layout], state: Mapping[str,
         layer = getattr(parent, attribute)
         scale = state.get(f"{name}_scale")
         shared: dict[str, Any] = {"scale_shape": None if scale is None else tuple(scale.shape), "dtype": dtype,
-                                  "device": layer.weight.device}
+                                  "device": getattr(layer.weight, "device", None)}  # a host may allocate later
         new: QuantisedLayer
         if isinstance(layer, nn.Linear):
-            new = QuantisedLinear(layout, layer.in_features, layer.out_features, bias=layer.bias is not None, **shared)
+            new = QuantisedLinear(layout, layer.in_features, layer.out_features, bias=f"{name.removesuffix('weight')}bias" in state,
+                                  **shared)
         else:
             new = QuantisedEmbedding(layout, layer.num_embeddings, layer.embedding_dim, **shared)
         setattr(parent, attribute, new)

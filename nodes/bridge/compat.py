@@ -14,7 +14,9 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...allegro_model.errors import NotEnoughMemory
+from ...allegro_model.errors import NotEnoughMemory, UnsupportedCheckpoint
+from ...allegro_model.quantised import QuantisedLayer
+from ...allegro_model.tensors import shorten
 
 Weights = dict[str, Tensor]
 
@@ -35,6 +37,23 @@ def patcher_class(disable_dynamic: bool = False) -> type:
     """The class of model patchers. Looked up at each call: ComfyUI rebinds the name when it starts."""
     plain = comfy.model_patcher.ModelPatcher
     return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+
+
+class PackedPatcher(comfy.model_patcher.ModelPatcher):
+    """Of a model with packed matrices, which live in our own layers: those cannot be streamed by dynamic memory."""
+
+    def add_patches(self, patches: Any, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI would add numbers to the bytes.
+
+        Raises:
+            UnsupportedCheckpoint: a patch is for a packed matrix.
+        """
+        packed = {f"{name}.weight" for name, layer in self.model.named_modules() if isinstance(layer, QuantisedLayer)}
+        wrong = [name for name in (key if isinstance(key, str) else key[0] for key in patches) if name in packed]
+        if wrong:
+            raise UnsupportedCheckpoint(f"the matrices of this model are packed (int8 or GGUF), and ComfyUI cannot change them: "
+                                        f"{shorten(sorted(wrong))}. Use Load Allegro LoRA for LoRAs, or a bf16 or fp8 file.")
+        return super().add_patches(patches, *args, **kwargs)
 
 
 def is_dynamic(patcher: Any) -> bool:

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from ...allegro_model.config import VAE_720P, DiTConfig, VAEConfig
 from ...allegro_model.dit import AllegroDiT, AllegroTI2V
 from ...allegro_model.dit.model import trim_text
-from ...allegro_model.errors import GeometryError, TextError
+from ...allegro_model.errors import GeometryError, TextError, UnsupportedCheckpoint
 from ...allegro_model.geometry import LatentShape, estimate_sampling_bytes
 from ...allegro_model.loading import check_tensors, component_folder, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
+from ...allegro_model.quantised import install
 from .cache import read_calibration, reuse_of
 from .compat import (
     SMALL_MODEL_PARAMETERS,
+    PackedPatcher,
     assign_option,
     cut_to_window,
     patcher_class,
@@ -40,7 +42,7 @@ from .conditioning import concat_condition, has_given_frames, in_training_order
 from .paths import snapshot_root
 from .progress import check_cancelled
 from .sampling import SAMPLING_SETTINGS, AllegroSampling, timed
-from .weights import open_file
+from .weights import OpenedFile, open_file
 
 logger = logging.getLogger(__name__)
 Options = dict[str, Any]
@@ -291,7 +293,7 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
     """Loads a transformer.
 
     Args:
-        path: a .safetensors file or a folder.
+        path: a .safetensors or .gguf file, or a folder.
         weight_dtype: a key of `WEIGHT_DTYPES`.
         disable_dynamic: for ComfyUI: give a patcher without dynamic memory.
     Returns:
@@ -309,10 +311,12 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
     parameters = source.info.num_parameters
     model_config = AllegroModelConfig(config, vae_config_of(path), image_to_video=image_to_video,
                                       small=parameters < SMALL_MODEL_PARAMETERS)
-    quantised = _choose_dtypes(model_config, weights, parameters, weight_dtype)
+    quantised = _choose_dtypes(model_config, opened, parameters, weight_dtype)
     model = model_config.get_model(weights)
-    patcher = patcher_class(disable_dynamic)(model, load_device=comfy.model_management.get_torch_device(),
-                                             offload_device=comfy.model_management.unet_offload_device())
+    install(model.diffusion_model, opened.layouts, weights)
+    new_patcher = PackedPatcher if opened.layouts else patcher_class(disable_dynamic)
+    patcher = new_patcher(model, load_device=comfy.model_management.get_torch_device(),
+                          offload_device=comfy.model_management.unet_offload_device())
     model.load_model_weights(weights, "", **assign_option(model.load_model_weights, patcher))
     if not quantised:
         settle_dtypes(patcher)
@@ -320,15 +324,24 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
     model.cache_calibration = read_calibration(path)
     remember_loader(patcher, load_dit, (path, weight_dtype))
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "allegro", timed)
-    logger.info("Loaded %s: %s, weights %s%s", path, source.info.title, model.get_dtype(),
+    logger.info("Loaded %s: %s, weights %s%s%s", path, source.info.title, model.get_dtype(),
+                f" and {opened.packed_as}" * bool(opened.layouts),
                 ", staged dynamically" if assign_option(model.load_model_weights, patcher).get("assign") else "")
     return patcher
 
 
-def _choose_dtypes(model_config: AllegroModelConfig, weights: dict[str, Tensor], parameters: int,
-                   weight_dtype: str) -> bool:
-    """Sets what the weights are stored and computed in; True if the file is quantised."""
-    quantised = quantisation(weights)
+def _choose_dtypes(model_config: AllegroModelConfig, opened: OpenedFile, parameters: int, weight_dtype: str) -> bool:
+    """Sets what the weights, or those that are not packed, are stored and computed in; True if ComfyUI is to multiply
+    scaled ones.
+
+    Raises:
+        UnsupportedCheckpoint: another dtype than the default is wanted of packed weights.
+    """
+    if opened.layouts and weight_dtype != "default":
+        raise UnsupportedCheckpoint(f"{opened.source.path} is packed as {opened.packed_as} and stays so in memory; weight_dtype "
+                                    f"is {weight_dtype}, expected default. Choose default, or a bf16 file.")
+    weights = {name: tensor for name, tensor in opened.weights.items() if name not in opened.layouts}
+    quantised = {} if opened.layouts else quantisation(opened.weights)
     for name, value in quantised.items():
         setattr(model_config, name, value)
     dtype, fast = WEIGHT_DTYPES[weight_dtype]

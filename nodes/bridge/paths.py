@@ -132,8 +132,23 @@ def _listing(part: str) -> dict[str, str]:
         path = folder_paths.get_full_path(key, name)
         if path is not None:
             found[label] = path  # one file of several stands for all of them
+    for label, path in _gguf(part).items():
+        found.setdefault(label, path)
     for label, path in _snapshots(part).items():
         found.setdefault(label, path)
+    return found
+
+
+def _gguf(part: str) -> dict[str, str]:
+    """{choice: path} of GGUF files, which ComfyUI does not list for any model. There are none of a VAE."""
+    if part == "vae":
+        return {}
+    found: dict[str, str] = {}
+    for base in folder_paths.get_folder_paths(FOLDER_KEYS[part]):
+        names, _ = folder_paths.recursive_search(base, excluded_dir_names=[".git"])
+        for name in sorted(names):
+            if name.endswith(".gguf"):
+                found.setdefault(name.replace(os.sep, "/"), os.path.join(base, name))
     return found
 
 

@@ -23,11 +23,12 @@ from ...allegro_model.errors import CheckpointError, UnsupportedCheckpoint
 from ...allegro_model.loading import check_tensors, load_sampling_defaults, open_source, t5_config_from_shapes
 from ...allegro_model.loading.dimensions import t5_shapes
 from ...allegro_model.prompt_store import PromptStore, files_identity, prompt_key
+from ...allegro_model.quantised import install
 from ...allegro_model.text.unicode_repair import join_surrogates
 from .compat import SMALL_MODEL_PARAMETERS, make_clip, remember_loader, text_quantisation
 from .paths import snapshot_root
 from .progress import cancel_before, stage
-from .weights import open_file
+from .weights import OpenedFile, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +50,14 @@ class MaskedT5(comfy.text_encoders.sd3_clip.T5XXLModel):
         super().__init__(**{**kwargs, "attention_mask": True})
 
 
-def encoder_class(dtype: torch.dtype) -> type:
-    """The text encoder in ComfyUI's form, its weights kept in `dtype`."""
+def encoder_class(dtype: torch.dtype, opened: OpenedFile) -> type:
+    """The text encoder in ComfyUI's form for a file, its weights kept in `dtype`, or packed."""
 
     class AllegroTextEncoder(comfy.sd1_clip.SD1ClipModel):
         def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Mapping[str, Any] | None = None) -> None:
             super().__init__(device=device, dtype=kept, name="t5xxl", clip_model=MaskedT5,
                              model_options=dict(model_options or {}))
+            install(self.t5xxl.transformer, opened.layouts, opened.weights)
 
     kept = dtype
     return AllegroTextEncoder
@@ -132,7 +134,7 @@ def load_t5(path: str, device: str = "default", disable_dynamic: bool = False) -
     """Opens a T5 v1.1 encoder; its weights are read when a prompt is encoded.
 
     Args:
-        path: a .safetensors file or a folder.
+        path: a .safetensors or .gguf file, or a folder.
         device: "default", or "cpu" to keep it out of the accelerator's memory.
         disable_dynamic: for ComfyUI: give a patcher without dynamic memory.
     Returns:
@@ -157,11 +159,13 @@ def _read_t5(path: str, device: str, disable_dynamic: bool) -> comfy.sd.CLIP:
     source, weights = opened.source, opened.weights
     config = t5_config_from_shapes(source.shapes, source.header.config)
     parameters = source.info.num_parameters
-    target = comfy.supported_models_base.ClipTarget(_tokenizer(config, path), encoder_class(_kept_dtype(weights, parameters)))
-    options: dict[str, Any] = {"t5xxl_model_config": _comfy_config(config), **text_quantisation(weights)}
+    target = comfy.supported_models_base.ClipTarget(_tokenizer(config, path), encoder_class(_kept_dtype(weights, parameters), opened))
+    options: dict[str, Any] = {"t5xxl_model_config": _comfy_config(config)}
+    options |= {} if opened.layouts else text_quantisation(weights)
     if device == "cpu":
         options["load_device"] = options["offload_device"] = torch.device("cpu")
-    clip = make_clip(target, weights, parameters=parameters, model_options=options, disable_dynamic=disable_dynamic)
+    clip = make_clip(target, weights, parameters=parameters, model_options=options,
+                     disable_dynamic=disable_dynamic or bool(opened.layouts))
     for block in clip.cond_stage_model.t5xxl.transformer.encoder.block:
         block.register_forward_pre_hook(cancel_before)
     remember_loader(clip.patcher, load_t5_patcher, (path, device))
