@@ -32,11 +32,11 @@ class LoadAllegroDiT(io.ComfyNode):
             search_aliases=["allegro model", "text to video"],
             inputs=[
                 io.Combo.Input("model_name", options=paths.choices("transformer"), tooltip=(
-                    "The transformer. " + _WHERE.format(key="diffusion_models"))),
+                    "The transformer, in bf16, fp16, fp32, fp8, int8 or GGUF. " + _WHERE.format(key="diffusion_models"))),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", tooltip=(
                     "How the weights are kept. default = ComfyUI's choice, bf16 on most GPUs. fp8 halves their memory "
                     "and changes the picture slightly; the _fast kind also multiplies in fp8 where the GPU can. fp32 "
-                    "doubles the memory. Start with default.")),
+                    "doubles the memory. int8 and GGUF files stay as they are and need default. Start with default.")),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip=(
                 "The transformer, for the Allegro Sampler or any sampler of ComfyUI."))],
@@ -62,8 +62,8 @@ class LoadAllegroT5(io.ComfyNode):
             node_id="LoadAllegroT5",
             display_name="Load Allegro T5",
             category="loaders",
-            description=("Loads the text encoder: any T5 v1.1 XXL encoder file (bf16, fp16, fp8, scaled fp8), also one you "
-                         "already have for another model. " + _WHERE.format(key="text_encoders")),
+            description=("Loads the text encoder: any T5 v1.1 XXL encoder file (bf16, fp16, fp8, scaled fp8, int8, GGUF), also "
+                         "one you already have for another model. " + _WHERE.format(key="text_encoders")),
             search_aliases=["t5xxl", "text encoder", "clip"],
             inputs=[
                 io.Combo.Input("clip_name", options=paths.choices("text_encoder"), tooltip=(
