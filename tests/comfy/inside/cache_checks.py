@@ -101,8 +101,8 @@ def check_a_second_run_starts_with_an_empty_cache(h: Host) -> None:
     original = module.StepCache
 
     class Watched(original):  # type: ignore[misc, valid-type]
-        def __init__(self, level: str) -> None:
-            super().__init__(level)
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             made.append(weakref.ref(self))
 
     module.StepCache = Watched
