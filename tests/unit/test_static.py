@@ -138,7 +138,7 @@ def test_registry_metadata() -> None:
     assert "comfyui" not in name.group(1).lower()
     comfy = text.split("[tool.comfy]")[1].split("\n[")[0]
     keys = set(re.findall(r"^([\w-]+) =", comfy, re.MULTILINE))
-    assert {"PublisherId", "DisplayName", "Icon", "requires-comfyui"} <= keys
+    assert {"PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui"} <= keys
     assert "web" not in keys, "the folder is registered by WEB_DIRECTORY; a second time would load every script twice"
     assert 'requires-comfyui = ">=0.3.64"' in comfy
 
