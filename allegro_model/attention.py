@@ -121,6 +121,7 @@ class Backend:
         dtypes: empty for all.
         head_widths: lowest and highest width of a head; None for all.
         measured: whether "auto" may choose it: exact, and no matrix of all scores in memory.
+        extra: of this project, which installs the package.
     """
 
     load: Callable[[], Attention]
@@ -131,6 +132,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = ()
     head_widths: tuple[int, int] | None = None
     measured: bool = True
+    extra: str = ""
 
     def problem(self, device: torch.device, dtype: torch.dtype, head_width: int) -> str | None:
         """Why it cannot be used, in words for the user; None if it can, which a tiny call proves.
@@ -166,7 +168,10 @@ class Backend:
                 attend(x, x, x, 1)
         except ImportError as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == self.package
-            return f"the package {self.package} is not installed" if missing else f"importing it fails: {first_line(error)}"
+            if not missing:
+                return f"importing it fails: {first_line(error)}"
+            cure = f' (pip install "allegro-video[{self.extra}]")' if self.extra else ""
+            return f"the package {self.package} is not installed{cure}"
         except Exception as error:  # noqa: BLE001 (compilers of kernels raise types of their own)
             return f"it fails here: {first_line(error)}"
         return None
@@ -182,7 +187,7 @@ BACKENDS: dict[str, Backend] = {
     "sdpa-efficient": Backend(partial(_sdpa_with, "EFFICIENT_ATTENTION"), "torch's memory-efficient kernel", devices=("cuda",)),
     "sdpa-math": Backend(partial(_sdpa_with, "MATH"), "plain matrix products; short clips only", measured=False),
     "flash2": Backend(partial(_flash_of, "flash_attn"), "the flash-attn package", "flash_attn", ("cuda",),
-                      ((8, 0), (99, 0)), _HALF, (8, 256)),
+                      ((8, 0), (99, 0)), _HALF, (8, 256), extra="flash"),
     "flash3": Backend(partial(_flash_of, "flash_attn_interface"), "FlashAttention 3, for Hopper", "flash_attn_interface",
                       ("cuda",), ((9, 0), (9, 9)), _HALF, (64, 256)),
     "sage": Backend(_sage, "SageAttention: queries and keys in 8 bits, approximate", "sageattention", ("cuda",),

@@ -1,9 +1,12 @@
 """What is published: the contents of the archive, the pictures, and the files that a code host reads."""
 
+import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from archive import ROOT, archive_files, listed, write_archive
 from PIL import Image
 
@@ -38,3 +41,87 @@ def test_pictures_have_the_shapes_that_the_registry_asks_for() -> None:
     with Image.open(ROOT / "docs" / "banner.png") as banner:
         assert banner.width * 9 == banner.height * 21
     assert (ROOT / "docs" / "banner.png").stat().st_size < 300_000
+
+
+# Files that a code host reads
+
+GITHUB = ROOT / ".github"
+WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
+FORMS = [path for path in sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml")) if path.name != "config.yml"]
+
+
+def read(path: Path) -> dict[Any, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def steps(workflow: dict[Any, Any], job: str) -> list[dict[str, Any]]:
+    return workflow["jobs"][job]["steps"]
+
+
+def commands(workflow: dict[Any, Any], job: str) -> str:
+    return "\n".join(step.get("run", "") for step in steps(workflow, job))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_pins_its_actions_and_asks_for_little(path: Path) -> None:
+    workflow = read(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    # YAML 1.1 reads the key `on` as true.
+    assert "pull_request_target" not in workflow[True], "it would run the code of a stranger with the project's secrets"
+    for job in workflow["jobs"].values():
+        for step in job.get("steps", []):
+            assert "uses" not in step or re.fullmatch(r"[\w.-]+/[\w.-]+@v\d+", step["uses"]), step
+    secrets = set(re.findall(r"secrets\.(\w+)", path.read_text(encoding="utf-8")))
+    assert secrets <= {"REGISTRY_ACCESS_TOKEN"}
+
+
+def test_every_system_runs_the_tests() -> None:
+    workflow = read(GITHUB / "workflows" / "test.yml")
+    jobs = workflow["jobs"]
+    assert jobs["make"]["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest"]
+    assert jobs["windows"]["runs-on"] == "windows-latest"
+    for job in ("make", "python"):
+        assert ".ci/run" in commands(workflow, job).splitlines()
+    for command in ("ruff check .", "mypy", "pytest tests"):  # what .ci/run does by `make test`
+        assert command in commands(workflow, "windows").splitlines()
+        assert command in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_oldest_python_and_comfyui_are_those_that_are_promised() -> None:
+    promised = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    workflow = read(GITHUB / "workflows" / "test.yml")
+    (python,) = [s["with"]["python-version"] for s in steps(workflow, "python") if "with" in s]
+    assert f'requires-python = ">={python}"' in promised
+    oldest, newest = workflow["jobs"]["comfyui"]["strategy"]["matrix"]["version"]
+    assert f'requires-comfyui = ">={oldest}"' in promised
+    assert newest == "latest"
+    assert "make pytest" in commands(workflow, "comfyui")
+
+
+def test_publishing_waits_for_the_tests_and_checks_the_tag() -> None:
+    workflow = read(GITHUB / "workflows" / "publish.yml")
+    assert list(workflow[True]) == ["push"]
+    assert list(workflow[True]["push"]) == ["tags"]
+    assert workflow["jobs"]["publish"]["needs"] == "test"
+    assert workflow["jobs"]["test"]["uses"] == "./.github/workflows/test.yml"
+    assert "GITHUB_REF_NAME" in commands(workflow, "publish")
+    assert "workflow_call" in read(GITHUB / "workflows" / "test.yml")[True]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
+def test_issue_form_is_whole(path: Path) -> None:
+    form = read(path)
+    assert {"name", "description", "body"} <= set(form)
+    ids = [field["id"] for field in form["body"] if field["type"] != "markdown"]
+    assert len(ids) == len(set(ids)) > 0
+    for field in form["body"]:
+        assert field["type"] in {"markdown", "textarea", "input", "dropdown"}
+        assert field["type"] == "markdown" or field["attributes"]["label"]
+        assert field["type"] != "dropdown" or len(field["attributes"]["options"]) > 1
+
+
+def test_a_bug_report_has_what_is_needed_to_find_the_bug() -> None:
+    fields = {field.get("id"): field for field in read(GITHUB / "ISSUE_TEMPLATE" / "bug.yml")["body"]}
+    needed = {key for key, field in fields.items() if field.get("validations", {}).get("required")}
+    assert {"what", "log", "version", "comfyui", "gpu", "system"} <= needed
+    assert "workflow" in fields
