@@ -66,7 +66,7 @@ from .sampling import (
     keep_latents,
     reference_sigmas,
 )
-from .sampling.cache import BUNDLED, CacheCalibration, check_cache
+from .sampling.cache import BUNDLED, IDLE, CacheCalibration, check_cache
 from .sampling.guidance import check_guidance
 from .sampling.noise import MAX_SEED
 from .sampling.samplers import Callback, Denoise
@@ -590,6 +590,8 @@ class AllegroPipeline:
         skipped = "" if cache is None else cache.summary()
         if skipped:
             log.info("%s", skipped)
+        if cache is not None and cache.idle and stop is None:
+            log.warning("%s", IDLE)
         return replace(state, latents=_settled(x.cpu(), state, step), step=step,
                        denoised=None if last is None else last.cpu(), skipped=skipped)
 

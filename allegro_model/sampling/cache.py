@@ -210,6 +210,11 @@ class StepCache:
             self._attended[key] = output
         return output
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything was computed so far."""
+        return not any(self._counts[what] for what in ("reused", "unguided", "attended"))
+
     def summary(self) -> str:
         """One line about what was left out, for the log."""
         c = self._counts
@@ -221,6 +226,10 @@ class StepCache:
         if self.level.threshold:
             parts.append(f"calibrated on {self.calibration.name}")
         return f"step cache {self.name}: {', '.join(parts)}"
+
+
+IDLE = "The step cache left nothing out: in so few steps each prediction differs too much. Take more steps or a higher level."
+"""What is logged after a run whose cache was `StepCache.idle`."""
 
 
 class Work(NamedTuple):

@@ -15,7 +15,7 @@ from ...allegro_model.dit import AllegroDiT
 from ...allegro_model.errors import AllegroError, CheckpointMismatch
 from ...allegro_model.loading.files import cache_file, read_json
 from ...allegro_model.sampling import StepCache
-from ...allegro_model.sampling.cache import BUNDLED, CacheCalibration, check_cache
+from ...allegro_model.sampling.cache import BUNDLED, IDLE, CacheCalibration, check_cache
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,10 @@ def _run(executor: Executor, *args: Any, **kwargs: Any) -> Any:
     options["transformer_options"][CACHE] = cache
     guider.model_options = options
     try:
-        return executor(*args, **kwargs)
+        result = executor(*args, **kwargs)
+        if cache.idle:
+            logger.warning("Allegro: %s", IDLE)
+        return result
     finally:
         guider.model_options = before
         logger.info("Allegro: %s", cache.summary())

@@ -121,6 +121,15 @@ def test_levels_leave_out_more_and_more(level, most):
     assert cache.summary().startswith(f"step cache {level}: {len(seen)} of ")
 
 
+def test_a_cache_knows_when_it_left_nothing_out():
+    idle, busy = made(), StepCache("draft")
+    for cache in (idle, busy):
+        assert cache.idle, "before the run"
+        clip(cache)
+    assert idle.idle
+    assert not busy.idle
+
+
 def test_a_cache_that_leaves_nothing_out_changes_nothing_but_rounding():
     assert torch.allclose(clip(made()), clip(None), atol=1e-3)
 

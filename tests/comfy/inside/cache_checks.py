@@ -60,6 +60,13 @@ def check_every_sampler_works_with_the_cache(h: Host) -> None:
         assert torch.equal(run(dit), exact), name
 
 
+def check_a_cache_that_leaves_nothing_out_warns(h: Host) -> None:
+    for steps, warned in ((1, True), (20, False)):
+        h.own_warnings.clear()
+        sample(h, with_cache(h, "broadcast"), steps=steps)
+        assert any("left nothing out" in line for line in h.own_warnings) is warned, (steps, h.own_warnings)
+
+
 def check_a_cache_equals_that_of_the_package(h: Host) -> None:
     """The same clip as the command line's, with its cache."""
     sampling = h.module("allegro_model.sampling")

@@ -146,6 +146,19 @@ def check_a_broken_feature_leaves_the_others(h: Host) -> None:
 # The same as outside ComfyUI
 
 
+def check_a_second_copy_is_warned_about(h: Host) -> None:
+    package = h.module("nodes")
+    package.warn_about_second_copy()
+    assert h.own_warnings == []
+    sys.modules["custom_nodes.older.allegro_model"] = package
+    try:
+        package.warn_about_second_copy()
+    finally:
+        del sys.modules["custom_nodes.older.allegro_model"]
+    (line,) = h.own_warnings
+    assert "the other copy is custom_nodes.older. Remove one of them." in line
+
+
 def check_sampler_equals_the_package(h: Host) -> None:
     """AllegroSampler against the same weights and prompts in allegro_model's own sampling, 20 steps."""
     positive, negative = prompts(h)
