@@ -125,3 +125,26 @@ def test_a_bug_report_has_what_is_needed_to_find_the_bug() -> None:
     needed = {key for key, field in fields.items() if field.get("validations", {}).get("required")}
     assert {"what", "log", "version", "comfyui", "gpu", "system"} <= needed
     assert "workflow" in fields
+
+
+# docs/expectations.md
+
+
+def test_every_test_that_is_named_as_evidence_exists() -> None:
+    text = (ROOT / "docs" / "expectations.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", text))
+    assert len(named) > 80
+    missing = [f"{file}::{name}" for file, name in sorted(named)
+               if f"def {name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")]
+    assert not missing
+
+
+def test_every_expectation_is_answered() -> None:
+    """One row each, with an answer, and a reason where the answer is not a plain yes."""
+    rows = [line.strip("|").split("|") for line in (ROOT / "docs" / "expectations.md").read_text(encoding="utf-8").splitlines()
+            if line.startswith("| ") and not line.startswith("| asked for")]
+    assert len(rows) > 100
+    for row in rows:
+        assert len(row) == 3, row
+        assert row[1].strip() in {"yes", "partly", "no", "-"}, row
+        assert row[2].strip(), row
