@@ -8,7 +8,6 @@ of a level lets through becomes that level. Finished runs are kept in files, so 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .atomic import atomic_file, writing
 from .conditioning import GivenFrames
 from .pipeline import AllegroPipeline, PromptEmbeds, SampleSettings
 from .sampling import StepCache, StepInfo, reference_timesteps
@@ -65,7 +65,7 @@ class Speed:
         return self.psnr >= psnr and self.ssim >= ssim
 
 
-def cost(steps: int, prompts: int) -> tuple[float, float]:
+def cost(prompts: int) -> tuple[float, float]:
     """Least and most runs of full length that a calibration takes; all of `SPEEDS` are tried at most."""
     return prompts * (1 + 1 / SPEEDS[0]), prompts * (1 + sum(1 / speed for speed in SPEEDS))
 
@@ -94,7 +94,11 @@ class Calibrator:
             name: of the model, for the file.
         Returns:
             the calibration, and what was measured for it.
+        Raises:
+            OutputError: the folder cannot be made, or not be written to.
         """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         exact = [self._sampled(i, None, 0.0) for i in range(len(self.prompts))]
         travelled = np.mean([self._travelled(changes) for _, changes in exact], axis=0)
         base = CacheCalibration(name, _TIMESTEPS, tuple(round(float(x), 4) for x in travelled), {})
@@ -103,6 +107,8 @@ class Calibrator:
             threshold = threshold_for(base, wanted, self.settings)
             if threshold is None:
                 break  # so few steps that each is needed
+            if speeds and threshold == speeds[-1].threshold:
+                continue  # with few steps the next speed that is possible may be faster than both
             clips = [self._sampled(i, base, threshold)[0] for i in range(len(self.prompts))]
             likeness = [self._compare(a, b) for (a, _), b in zip(exact, clips, strict=True)]
             psnr, ssim = (float(np.mean(values)) for values in zip(*likeness, strict=True))
@@ -254,7 +260,5 @@ def _read(path: Path, key: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _write(path: Path, key: str, result: tuple[Tensor, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_bytes(save({"latents": result[0].contiguous(), "changes": result[1].contiguous()}, {"run": key}))
-    os.replace(temporary, path)
+    with atomic_file(path, force=True) as temporary, writing(path):
+        temporary.write_bytes(save({"latents": result[0].contiguous(), "changes": result[1].contiguous()}, {"run": key}))

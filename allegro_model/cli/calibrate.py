@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..atomic import check_output
 from ..calibration import MIN_STEPS, PROMPTS, Calibrator, cost, describe, to_json
 from ..errors import TextError
 from ..loading.files import cache_file
@@ -28,14 +29,13 @@ def calibrate(job: Job) -> None:
     if args.output is None and args.model in (None, "tiny", "tiny-ti2v"):
         raise UsageError("A bundled model is calibrated already. Give a model folder with --model, or a file with --output.")
     output = cache_file(pipeline.transformer) if args.output is None else Path(args.output)
-    if output.exists() and not args.force:
-        raise UsageError(f"{output} already exists. Add --force to replace it.")
+    check_output(output, force=args.force)  # now, not after a night
     prompts = PROMPTS if args.prompts is None else _read_prompts(args.prompts)
     settings = pipeline.settings(num_steps=args.steps, width=args.width, height=args.height, num_frames=args.frames)
     if settings.num_steps < MIN_STEPS:
         raise UsageError(f"--steps {settings.num_steps}: with so few each one is needed. Calibrate with what the model is used with, at least {MIN_STEPS}.")
     pipeline.check_memory(settings)
-    least, most = cost(settings.num_steps, len(prompts))
+    least, most = cost(len(prompts))
     name = transformer_name(job) or model_name(job)
     folder = output.with_name(output.name + ".parts")
     job.console.say(f"{name}: {len(prompts)} prompts, {settings.num_frames} frames of {settings.width}x{settings.height}, {settings.num_steps} steps "
@@ -60,7 +60,7 @@ def calibrate(job: Job) -> None:
 def _read_prompts(path: str) -> list[str]:
     """The lines of a text file that are not empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise TextError(f"{path} cannot be read: {error}. Give a text file with one prompt a line.") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -119,10 +119,26 @@ def test_a_stopped_calibration_goes_on(model, tmp_path, monkeypatch):
         assert len(titles) == runs, "what is broken, or of other settings, is made anew"
 
 
+def test_speeds_that_few_steps_cannot_tell_apart_are_one(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SPEEDS", (1.45, 1.5))
+    calibration, speeds = calibrator(model, tmp_path / "parts")[0].run("Small")
+    assert len(speeds) == 1
+    assert len(module.describe(calibration, speeds)) == len(module.GATES)
+
+
+def test_a_file_that_cannot_be_written_is_known_before_the_first_run(model, tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    for name, why in (("taken", "a folder has that name"), ("none/a.json", "does not exist")):
+        words = ["calibrate", "--model", str(model), "--steps", "12", "--force", "-o", str(tmp_path / name)]
+        code, _, err = run_command(capsys, words)
+        assert (code, why in err, "Clip 1" in err) == (5, True, False), err
+    assert [entry.name for entry in tmp_path.iterdir() if "parts" in entry.name] == []
+
+
 def test_the_command_writes_beside_the_weights_what_runs_use(model, tmp_path, capsys):
     words = ["calibrate", "--model", str(model), "--steps", "12", "--prompts", str(tmp_path / "prompts.txt")]
     assert run_command(capsys, words)[0] != 0
-    (tmp_path / "prompts.txt").write_text("a red circle\n\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeffa red circle\n\n", encoding="utf-8")
     assert "--steps 3: with so few" in run_command(capsys, [*words, "--steps", "3"])[2]
     code, out, err = run_command(capsys, words)
     file = model / "transformer" / "cache.json"
