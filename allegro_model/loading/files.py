@@ -353,10 +353,13 @@ def _find_config(files: tuple[Path, ...], metadata: Mapping[str, str]) -> dict[s
 
 
 def cache_file(path: str | Path) -> Path:
-    """Where the calibration of a transformer's step cache lies: NAME.cache.json beside a file, cache.json in a folder."""
+    """Where the calibration of a transformer's step cache lies: NAME.cache.json beside a file, cache.json in a folder, also
+    in that of an index."""
     place = Path(path)
-    if place.suffix == ".safetensors":
+    if place.suffix in WEIGHTS:
         return place.with_suffix(".cache.json")
+    if place.name.endswith(INDEX_SUFFIX):
+        return place.with_name("cache.json")
     inner = place / "transformer"
     return (inner if inner.is_dir() else place) / "cache.json"
 

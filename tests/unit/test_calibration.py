@@ -162,7 +162,9 @@ def test_where_a_calibration_lies(tmp_path):
     (tmp_path / "Model" / "transformer").mkdir(parents=True)
     assert cache_file(tmp_path / "Model") == tmp_path / "Model" / "transformer" / "cache.json"
     assert cache_file(tmp_path / "Model" / "transformer") == tmp_path / "Model" / "transformer" / "cache.json"
-    assert cache_file("models/allegro_dit.safetensors") == Path("models/allegro_dit.cache.json")
+    for name in ("allegro_dit.safetensors", "allegro_dit.gguf"):
+        assert cache_file(f"models/{name}") == Path("models/allegro_dit.cache.json")
+    assert cache_file("models/model.safetensors.index.json") == Path("models/cache.json")
     with pytest.raises(UnsupportedCheckpoint):
         BUNDLED.from_dict({}, "x")
     assert StepCache("safe", replace(BUNDLED, levels={"safe": CacheLevel(3)})).level.threshold == 3
