@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +159,7 @@ def apply_options(graph: Graph, options: Mapping[str, Any]) -> dict[str, Path]:
         if value is None:
             continue
         if name in TEXTS:
-            _set_text(graph, name, str(value))
+            _set_text(graph, name, _as_kind(name, value, str))
         elif name in NUMBERS:
             _set_number(graph, name, value)
         elif name in FRAMES:
@@ -169,10 +171,7 @@ def apply_options(graph: Graph, options: Mapping[str, Any]) -> dict[str, Path]:
 
 def _set_number(graph: Graph, name: str, value: Any) -> None:
     kind, inputs, beside = NUMBERS[name]
-    try:
-        converted = kind(value)
-    except ValueError:
-        raise AllegroError(f"{name}: {value!r} is no {'whole ' if kind is int else ''}number.") from None
+    converted = _as_kind(name, value, kind)
     found = False
     for node in graph.values():
         for key in inputs:
@@ -182,6 +181,19 @@ def _set_number(graph: Graph, name: str, value: Any) -> None:
     if not found:
         raise AllegroError(f"No node of the workflow takes {name}: none has {' or '.join(inputs)} as a value of its own. "
                            "Leave it out, or set the input meant with NODE.INPUT.")
+
+
+def _as_kind(name: str, value: Any, kind: type) -> Any:
+    """A value of an option, which may be a text or come from JSON; nothing is rounded."""
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is not str and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            number = kind(value) if isinstance(value, str) else value
+            if math.isfinite(number) and kind(number) == number:
+                return kind(number)
+    wanted = {int: "whole number", float: "number", str: "text"}[kind]
+    raise AllegroError(f"{name}: {value!r} is no {wanted}.")
 
 
 def _set_text(graph: Graph, name: str, text: str) -> None:

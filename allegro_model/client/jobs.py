@@ -87,6 +87,8 @@ def build_job(base: Graph | str, options: Mapping[str, Any], overrides: Mapping[
     given = {key: value for key, value in options.items() if key != NAME and value is not None}
     for frame in ("first_frame", "last_frame"):
         if frame in given:
+            if not isinstance(given[frame], str | Path):
+                raise AllegroError(f"{frame}: {given[frame]!r} is no path of a picture.")
             given[frame] = folder / given[frame]
     if isinstance(base, str):
         if not given.get("prompt"):
@@ -138,12 +140,15 @@ def _text_rows(lines: Sequence[str], path: Path) -> Iterator[tuple[int, dict[str
 
 def _csv_rows(lines: Sequence[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(lines)
-    for row in reader:
-        if row.pop(None, None) is not None:  # where DictReader puts cells without a column
-            raise AllegroError(f"{path.name}, line {reader.line_num}: more cells than columns. Put texts with a comma in quotes.")
-        cells = {_option(key): value for key, value in row.items() if value}
-        if cells:
-            yield reader.line_num, cells
+    try:
+        for row in reader:
+            if row.pop(None, None) is not None:  # where DictReader puts cells without a column
+                raise AllegroError(f"{path.name}, line {reader.line_num}: more cells than columns. Put texts with a comma in quotes.")
+            cells = {_option(key): value for key, value in row.items() if value}
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise AllegroError(f"{path.name}, line {reader.line_num}: {error}. Is a quote open?") from error
 
 
 def _jsonl_rows(lines: Sequence[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

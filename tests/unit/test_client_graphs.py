@@ -121,6 +121,14 @@ def test_a_prompt_is_found_through_other_nodes_and_never_guessed() -> None:
     ({"cfg": "x"}, "cfg: 'x' is no number"),
     ({"first_frame": "none.png"}, "has no node AllegroImageToVideo"),
     ({"colour": 1}, "no option 'colour'"),
+    ({"steps": 20.7}, "steps: 20.7 is no whole number"),
+    ({"steps": [1]}, r"steps: \[1\] is no whole number"),
+    ({"steps": float("inf")}, "steps: inf is no whole number"),
+    ({"cfg": "nan"}, "cfg: 'nan' is no number"),
+    ({"seed": 10**400}, "seed: 1000"),
+    ({"cfg": True}, "cfg: True is no number"),
+    ({"vae": 1}, "vae: 1 is no text"),
+    ({"prompt": ["a"]}, r"prompt: \['a'\] is no text"),
 ])
 def test_options_that_cannot_be_used(options: dict[str, Any], words: str) -> None:
     with pytest.raises(AllegroError, match=words):
@@ -190,6 +198,8 @@ def test_a_job_is_known_by_its_content(picture: Path) -> None:
     assert first.name == f"p-{first.key[:8]}"
     with pytest.raises(AllegroError, match="There is no prompt"):
         build_job("tiny", {}, {})
+    with pytest.raises(AllegroError, match="first_frame: 5 is no path of a picture"):
+        build_job("tiny", {"prompt": "p", "first_frame": 5}, {})
     base = text_to_video("p")
     build_job(base, {"seed": 1}, {})
     assert base == text_to_video("p"), "the workflow that was given is changed"
@@ -213,6 +223,7 @@ def test_lists(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("a.csv", "prompt,colour\na,b\n", f"line 2: 'colour' is no option: expected {', '.join(OPTIONS)}, name, or"),
     ("a.csv", "prompt\na,b\n", "more cells than columns"),
+    ("a.csv", 'prompt\n"' + 200_000 * "a", "Is a quote open"),
     ("a.jsonl", '{"prompt": "a"}\n{', "line 2 is no JSON"),
     ("a.jsonl", "[1]", "expected an object"),
     ("a.xls", "", "expected a list that ends in"),
