@@ -33,6 +33,7 @@ from .server import ComfyServer, RemoteFile
 GRACE_SECONDS = 20.0  # how long the jobs of a server that is gone are kept for it
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds between attempts to reach a server
 _TICK_SECONDS = 0.2
+_MOST_BREAKS = 20  # of one job: its server is there, but not for what the job needs
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ class Batch:
     def _revive(self, lane: _Lane, journal: Journal) -> bool:
         """Asks a server again and again, more and more rarely; False when there is nothing left to do."""
         wait = _FIRST_WAIT
-        while not self._stop.is_set():
+        while not self._stop.wait(wait):
             with self._changed:
                 if not self._open and not self._running:
                     return False
@@ -291,7 +292,6 @@ class Batch:
                 return True
             except ServerError:
                 lane.down_since = down_since
-            self._stop.wait(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
         return False
 
@@ -311,6 +311,10 @@ class Batch:
         try:
             job.files = self._fetched(lane.server, job, journal)
         except ServerUnreachable as error:
+            job.breaks += 1
+            if job.breaks > _MOST_BREAKS:
+                self._failed(lane, job, journal, error)
+                return
             lane.down_since, job.error = time.monotonic(), error
             self._watcher.remark(str(error))
             self._give_back(lane, job, first=True)
@@ -352,13 +356,13 @@ class Batch:
         return prompt_id is not None and server.state(prompt_id).status != "unknown"
 
     def _submit(self, server: ComfyServer, job: Job, journal: Journal) -> None:
+        job.submissions += 1
         for path in job.uploads.values():
             server.upload(path)
         prompt_id = str(uuid.uuid4())
         # First the journal: a run that nobody knows of would be done twice, one that does not exist is found missing.
         journal.submitting(job.key, server.url, prompt_id)
         job.runs[server.url] = prompt_id
-        job.submissions += 1
         server.submit(job.graph, prompt_id)
 
     def _fetched(self, server: ComfyServer, job: Job, journal: Journal) -> list[Path]:

@@ -32,7 +32,8 @@ class Job:
         name: of the results, without extension.
         uploads: files that the graph needs: {name at the server: file here}.
         runs: the last run at each server: {url: prompt_id}.
-        submissions: how often it was given to a server.
+        submissions: how often it was given to a server, or was about to be.
+        breaks: how often a server did not answer while it had the job.
         files: the results, once it is done.
         error: why it failed, or last failed.
         seconds: that the last attempt took, with waiting in the queue.
@@ -45,6 +46,7 @@ class Job:
     uploads: dict[str, Path] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
     submissions: int = 0
+    breaks: int = 0
     files: list[Path] = field(default_factory=list)
     error: AllegroError | None = None
     seconds: float = 0.0

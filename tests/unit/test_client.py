@@ -277,6 +277,18 @@ def test_nothing_is_done_twice_when_an_answer_is_lost(comfy: FakeComfy, tmp_path
     assert comfy.runs == ["a", "b"]
 
 
+@pytest.mark.parametrize("request_", ["POST /upload/image", "GET /view"])
+def test_a_server_that_always_fails_at_one_thing_ends_the_job(comfy: FakeComfy, tmp_path: Path, request_: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_MOST_BREAKS", 4)
+    comfy.faults[request_] = ["500"] * 100
+    (tmp_path / "a.png").write_bytes(b"a")
+    found = jobs("a", first_frame=tmp_path / "a.png")
+    (job,) = run(found, [comfy], tmp_path / "out", limits={"retries": 1})
+    assert "500" in str(job.error)
+    assert 80 < len(comfy.faults[request_]) < 100
+
+
 def test_half_a_file_is_no_result(comfy: FakeComfy, tmp_path: Path) -> None:
     comfy.faults["GET /view"] = ["cut", "cut"]
     assert contents(run(jobs("a"), [comfy], tmp_path)) == [text("a")]
