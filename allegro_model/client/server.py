@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import ssl
 import threading
 import time
@@ -82,7 +83,8 @@ class ComfyServer:
         except ValueError:
             port = 0
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query:
-            raise AllegroError(f"{url!r} is no address of a server: expected one such as http://127.0.0.1:8188.")
+            shown = re.sub(r"[^/]*@", "...@", url)  # without a password
+            raise AllegroError(f"{shown!r} is no address of a server: expected one such as http://127.0.0.1:8188.")
         self._host, self._port = parts.hostname, port or (443 if parts.scheme == "https" else 80)
         self._prefix = parts.path.rstrip("/")
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None

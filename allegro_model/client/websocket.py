@@ -39,7 +39,7 @@ class WebSocket:
         try:
             if tls is not None:
                 self._socket = tls.wrap_socket(self._socket, server_hostname=host)
-            self._open(f"{host}:{port}", path, headers or {}, time.monotonic() + timeout)
+            self._open(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", path, headers or {}, time.monotonic() + timeout)
         except BaseException:
             self._socket.close()
             raise

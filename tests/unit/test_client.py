@@ -161,6 +161,8 @@ def test_an_address_may_be_short_and_keeps_its_password_to_itself() -> None:
     assert ComfyServer("gpu1:8188").url == "http://gpu1:8188"
     assert ComfyServer("https://me:se%20cret@gpu1/comfy/").url == "https://gpu1:443/comfy"
     assert "cret" not in repr(ComfyServer("https://me:secret@gpu1"))
+    with pytest.raises(AllegroError, match=r"'http://\.\.\.@gpu1:99999' is no address"):
+        ComfyServer("http://me:secret@gpu1:99999")
 
 
 def test_answers_that_are_no_comfyui(comfy: FakeComfy) -> None:

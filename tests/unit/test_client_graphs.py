@@ -295,6 +295,17 @@ def test_messages_of_every_size_in_pieces(serve: Callable[..., int]) -> None:
     client.close()
 
 
+@pytest.mark.parametrize(("host", "name"), [("gpu1", b"gpu1"), ("::1", b"[::1]")])
+def test_a_request_names_its_host(monkeypatch: pytest.MonkeyPatch, host: str, name: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(socket, "create_connection", lambda *_: ours)
+    with theirs:
+        theirs.sendall(b"HTTP/1.1 404 no\r\n\r\n")
+        with pytest.raises(ConnectionError, match="opens no WebSocket"):
+            WebSocket(host, 8188, "/ws")
+        assert b"\r\nHost: " + name + b":8188\r\n" in theirs.recv(10_000)
+
+
 def test_a_message_that_is_slow_is_not_lost(serve: Callable[..., int]) -> None:
     go = threading.Event()
 
