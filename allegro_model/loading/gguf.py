@@ -207,7 +207,8 @@ def _read_entry(reader: _Reader, pairs: Mapping[str, object]) -> _Entry:
         raise reader.damaged(f"tensor {short(name)} of shape {list(shape)} does not divide into blocks of "
                              f"{layout.weights} ({layout.name})")
     original = pairs.get(_SHAPE_KEY + name)
-    if isinstance(original, tuple) and layout is None and math.prod(original) == math.prod(shape):
+    if isinstance(original, tuple) and layout is None and all(isinstance(n, int) and n >= 0 for n in original) and (
+            math.prod(original) == math.prod(shape)):
         shape = original
     dtype = torch.uint8 if layout is not None else _PLAIN[number]
     return _Entry(name, TensorInfo(shape, dtype, layout), offset)

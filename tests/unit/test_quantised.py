@@ -11,7 +11,7 @@ from torch import Tensor
 
 from allegro_model.dit import AllegroDiT
 from allegro_model.errors import UnsupportedCheckpoint
-from allegro_model.loading.gguf import read_gguf_header
+from allegro_model.loading.gguf import map_gguf, read_gguf_header
 from allegro_model.quantised import (
     BY_GGML_TYPE,
     BY_NAME,
@@ -174,3 +174,16 @@ def test_hostile_gguf_files(tmp_path: Path, name: str) -> None:
 def test_the_hostile_ones_differ_from_a_sound_one(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(gguf_bytes(tensors=entry()))
     assert read_gguf_header(tmp_path / "a.gguf").tensors["a"].shape == (16,)
+
+
+@pytest.mark.parametrize(("form", "original", "expected"), [
+    (5, (2, 8), (2, 8)), (5, (-2, -8), (16,)), (6, (2.0, 8.0), (16,)), (5, (2, 9), (16,)),
+])
+def test_another_shape_is_taken_if_it_is_one(tmp_path: Path, form: int, original: tuple[float, ...], expected: tuple[int, ...]) -> None:
+    """Tensors whose shape was noted beside them; of what makes no sense their own shape is left."""
+    values = struct.pack(f"<IIQ2{'i' if form == 5 else 'f'}", 9, form, 2, *original)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(gguf_bytes(tensors=entry(), num_pairs=1, pairs=text("comfy.gguf.orig_shape.a") + values))
+    header = read_gguf_header(path)
+    assert header.tensors["a"].shape == expected
+    assert map_gguf(path, header, ["a"])["a"].shape == expected
