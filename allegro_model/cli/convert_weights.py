@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ..atomic import check_output
+from ..atomic import check_output, writing
 from ..errors import OutputError
 from ..loading import bundled_model, bundled_models, component_folder, is_snapshot
 from ..loading.convert import Converted, convert_checkpoint, suffix_of
+from ..loading.files import WEIGHTS
 from .base import Job, check_report_output
 from .console import size
 
@@ -46,18 +47,25 @@ def _whole(job: Job, source: Path, output: Path) -> dict[str, object]:
     if output.exists() and not job.force:
         raise OutputError(f"{output} already exists and was left as it is. Add --force to replace its files, or choose "
                           "another name.")
+    if output.resolve() in (source.resolve(), *(component_folder(source, part).resolve().parent for part in _PARTS)):
+        raise OutputError(f"{output} is the model itself, or one whose parts it shares. Choose another folder.")
     found: dict[str, object] = {}
     for part, stem in _PARTS.items():
-        folder = component_folder(source, part)
-        (output / part).mkdir(parents=True, exist_ok=True)
-        found[part] = _one(job, folder, output / part / f"{stem}{suffix_of(job.args.format)}")
-        if (folder / "config.json").is_file():
-            shutil.copyfile(folder / "config.json", output / part / "config.json")
-    for part in _COPIED:
-        if component_folder(source, part).is_dir():
-            shutil.copytree(component_folder(source, part), output / part, dirs_exist_ok=True)
-    if (source / "model_index.json").is_file():
-        shutil.copyfile(source / "model_index.json", output / "model_index.json")
+        folder, suffix = component_folder(source, part), suffix_of(job.args.format)
+        with writing(output):
+            (output / part).mkdir(parents=True, exist_ok=True)
+        found[part] = _one(job, folder, output / part / f"{stem}{suffix}")
+        with writing(output):
+            for other in set(WEIGHTS) - {suffix}:  # of an earlier conversion: of two files only one would be read
+                (output / part / f"{stem}{other}").unlink(missing_ok=True)
+            if (folder / "config.json").is_file():
+                shutil.copyfile(folder / "config.json", output / part / "config.json")
+    with writing(output):
+        for part in _COPIED:
+            if component_folder(source, part).is_dir():
+                shutil.copytree(component_folder(source, part), output / part, dirs_exist_ok=True)
+        if (source / "model_index.json").is_file():
+            shutil.copyfile(source / "model_index.json", output / "model_index.json")
     return found
 
 

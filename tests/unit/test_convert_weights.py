@@ -1,6 +1,7 @@
 """`allegro convert`: every format of a transformer and a text encoder, written, described, and loaded again."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,3 +140,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     code, _, err = run_command(capsys, words[:-2])
     assert code != 0
     assert "already exists" in err
+
+
+def test_a_model_is_not_converted_in_its_own_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "small"
+    shutil.copytree(bundled_model("tiny"), model)
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    code, _, err = run_command(capsys, ["convert", str(model), str(model / ".." / "small"), "--format", "int8", "--force"])
+    assert (code, "is the model itself" in err) == (5, True)
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+    (tmp_path / "file").touch()
+    code, _, err = run_command(capsys, ["convert", "tiny", str(tmp_path / "file"), "--format", "int8", "--force"])
+    assert (code, "Cannot write" in err) == (5, True)
+
+
+def test_a_second_conversion_is_the_one_that_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("int8", "gguf-q8_0"):
+        assert run_command(capsys, ["convert", "tiny", str(tmp_path / "small"), "--format", kind, "--force"])[0] == 0
+    for part in ("transformer", "text_encoder"):
+        assert "Q8_0" in describe(tmp_path / "small" / part)["dtypes"]
