@@ -602,8 +602,7 @@ class AllegroPipeline:
             UnsupportedCheckpoint: the file is no calibration.
         """
         if self.calibration is None:
-            path = cache_file(self.transformer)
-            self.calibration = CacheCalibration.from_dict(read_json(path), str(path)) if path.is_file() else BUNDLED
+            self.calibration = read_calibration(self.transformer)
         return self.calibration
 
     @contextmanager
@@ -721,6 +720,18 @@ class AllegroPipeline:
             frames[:, :, position : position + part.shape[2]] = part
             position += part.shape[2]
         return frames
+
+
+def read_calibration(transformer: Path) -> CacheCalibration:
+    """Of the step caches of a transformer: the file beside its weights, or that of the bundled model.
+
+    Args:
+        transformer: a file, a folder of weights, or a model folder.
+    Raises:
+        UnsupportedCheckpoint: the file is no calibration.
+    """
+    path = cache_file(transformer)
+    return CacheCalibration.from_dict(read_json(path), str(path)) if path.is_file() else BUNDLED
 
 
 def check_finite(x: Tensor, where: str, remedy: str = "another copy of the file; the run that made it, again") -> None:

@@ -20,6 +20,7 @@ from ..geometry import (
 from ..memory import both_prompts_fit, free_bytes
 from ..pipeline import SMALL_MODEL_PARAMETERS, SampleSettings
 from ..sampling import count_work, reference_timesteps
+from ..sampling.cache import BUNDLED, CacheCalibration
 from ..vae import Tiling
 from ..vfi import EMAInterpolator, pairs_per_batch
 from .networks import Networks
@@ -111,10 +112,11 @@ class Estimate:
                 "stages": [vars(stage) for stage in self.stages]}
 
 
-def sampling_seconds(once: EvaluationSeconds, settings: SampleSettings) -> tuple[int, float]:
-    """(evaluations, seconds) of all steps; a step cache leaves some of them out."""
+def sampling_seconds(once: EvaluationSeconds, settings: SampleSettings,
+                     calibration: CacheCalibration = BUNDLED) -> tuple[int, float]:
+    """(evaluations, seconds) of all steps; a step cache, calibrated on the model, leaves some of them out."""
     timesteps = reference_timesteps(settings.num_steps, settings.denoise).tolist()
-    work = count_work(settings.cache, timesteps, guided=settings.guidance_scale != 1.0)
+    work = count_work(settings.cache, timesteps, guided=settings.guidance_scale != 1.0, calibration=calibration)
     without = work.predictions - work.attended
     return work.predictions, (work.attended * once.total + without * once.linear * (1 - _PROJECTIONS))
 
@@ -162,7 +164,7 @@ def _sampling(networks: Networks, settings: SampleSettings, machine: Machine, sh
 
     batch = prompts if both_prompts_fit(working(prompts), machine.device) else 1
     once = evaluation_seconds(networks, shape, device=machine.device, dtype=dtype, attention=machine.attention, batch=batch)
-    evaluations, seconds = sampling_seconds(once, settings)
+    evaluations, seconds = sampling_seconds(once, settings, networks.calibration)
     stage = StageEstimate("sampling", seconds, networks.dit_parameters * dtype.itemsize, working(batch))
     return Estimate(token_count(shape, networks.dit.patch_size), dit_flops(networks.dit, shape, TEXT_TOKENS), evaluations,
                     prompts * once.total, [stage])

@@ -25,6 +25,7 @@ from ..loading import (
 )
 from ..loading.dimensions import t5_shapes
 from ..loading.source import config_of
+from ..sampling.cache import BUNDLED, CacheCalibration
 from ..vae import VideoVAE
 from .measure import randomise
 
@@ -47,6 +48,7 @@ class Networks:
         image_to_video: whether the transformer takes given frames.
         file_bytes: size of the files; None when there are none.
         root: the folder, None for sizes alone.
+        calibration: of the step caches.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Networks:
     image_to_video: bool = False
     file_bytes: int | None = None
     root: Path | None = None
+    calibration: CacheCalibration = BUNDLED
 
     @cached_property
     def dit_parameters(self) -> int:

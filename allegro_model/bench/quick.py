@@ -35,7 +35,7 @@ def foretell(networks: Networks, settings: SampleSettings, machine: Machine, ste
     """
     device, dtype, share = machine.device, machine.dit_dtype(networks), steps / settings.num_steps
     shape = latent_shape(settings.width, settings.height, settings.num_frames)
-    evaluations, _ = sampling_seconds(EvaluationSeconds(0, 0), settings)
+    evaluations, _ = sampling_seconds(EvaluationSeconds(0, 0), settings, networks.calibration)
     tiles, cells = tiles_of(machine.tiling or Tiling.from_config(networks.vae), shape)
     flops, decoding = dit_flops(networks.dit, shape, TEXT_TOKENS), tiles * vae_decode_flops(networks.vae, cells)
     if share * evaluations * flops.total + decoding < _FEW_OPERATIONS:
@@ -46,7 +46,7 @@ def foretell(networks: Networks, settings: SampleSettings, machine: Machine, ste
     attention = attention_seconds(networks.dit, shape, device=device, dtype=dtype, attention=machine.attention, budget=0)
     once = EvaluationSeconds(_BETWEEN * product * (flops.linear + flops.cross_attention), attention)
     convolution = _seconds_each(convolution_run(device, torch.float32), device)
-    return share * sampling_seconds(once, settings)[1], _BETWEEN * decoding * convolution
+    return share * sampling_seconds(once, settings, networks.calibration)[1], _BETWEEN * decoding * convolution
 
 
 def _seconds_each(measured: tuple[Run, int], device: torch.device) -> float:

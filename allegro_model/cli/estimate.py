@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..attention import AttentionShape, choose_attention
 from ..bench.estimate import Estimate, Machine, estimate_run
@@ -11,8 +12,8 @@ from ..bench.hardware import describe_hardware
 from ..bench.networks import Networks, open_networks
 from ..geometry import LATENT_CHANNELS, latent_shape, token_count
 from ..loading import bundled_interpolator, load_interpolator
-from ..pipeline import SampleSettings, resolve_device, resolve_dtype
-from ..vfi import EMAInterpolator, best_dtype
+from ..pipeline import SampleSettings, read_calibration, resolve_device, resolve_dtype
+from ..vfi import EMAInterpolator, FrameTimes, best_dtype
 from .base import Job, check_report_output
 from .console import duration, size
 from .job import check_device, clip_bytes
@@ -30,6 +31,8 @@ def estimate(job: Job) -> None:
     check_device(args.device)
     networks = open_networks(args.model)
     settings = _settings(job, networks)
+    if settings.cache != "off" and networks.root is not None:
+        networks = replace(networks, calibration=read_calibration(networks.root))
     machine = _machine(job, networks, settings)
     job.report.stage = "measuring"
     start = time.monotonic()
@@ -69,6 +72,7 @@ def _machine(job: Job, networks: Networks, settings: SampleSettings) -> Machine:
 def _interpolator(job: Job, machine: Machine) -> EMAInterpolator | None:
     if job.args.interpolate is None:
         return None
+    FrameTimes.multiplied(job.args.interpolate)  # raises unless it is possible
     path = job.args.interpolator or bundled_interpolator()
     return EMAInterpolator(load_interpolator(path, device=machine.device, dtype=best_dtype(machine.device)))
 

@@ -15,6 +15,7 @@ from ..latents import pack_latents, pack_state
 from ..media import check_fps
 from ..pipeline import AllegroPipeline, PromptEmbeds, SampleState
 from ..sampling import StepInfo
+from ..sampling.cache import BUNDLED
 from ..vfi import FrameTimes
 from .base import Job
 from .console import roughly, size
@@ -181,7 +182,8 @@ def _foretell(job: Job, plan: Plan, state: SampleState) -> None:
     pipeline, stop = plan.pipeline, plan.settings.num_steps if plan.stop is None else plan.stop
     if job.console.quiet or pipeline.offload == "stream":
         return
-    networks = Networks(pipeline.root.name, pipeline.dit_config, pipeline.vae_config, {}, pipeline.defaults)
+    networks = Networks(pipeline.root.name, pipeline.dit_config, pipeline.vae_config, {}, pipeline.defaults,
+                        calibration=BUNDLED if plan.settings.cache == "off" else pipeline.cache_calibration())
     machine = Machine(pipeline.device, pipeline.dit_dtype, pipeline.kernel(plan.settings).run, pipeline.tiling)
     found = foretell(networks, plan.settings, machine, stop - state.step)
     if found is not None:

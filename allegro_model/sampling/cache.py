@@ -244,18 +244,19 @@ class Work(NamedTuple):
     attended: int
 
 
-def count_work(level: str, timesteps: Sequence[float], *, guided: bool) -> Work:
+def count_work(level: str, timesteps: Sequence[float], *, guided: bool, calibration: CacheCalibration = BUNDLED) -> Work:
     """What a run will compute, known beforehand: a cache decides by the timesteps alone.
 
     Args:
         level: one of `CACHE_LEVELS`.
         timesteps: of the steps, in their order.
         guided: whether there is a negative prompt.
+        calibration: of the model.
     """
     check_cache(level)
     if level == "off":
         return Work(*[len(timesteps) * (1 + guided)] * 2)
-    cache, nothing, attended = StepCache(level), torch.zeros(1), 0
+    cache, nothing, attended = StepCache(level, calibration), torch.zeros(1), 0
 
     def attend() -> Tensor:
         nonlocal attended

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from allegro_model.costs import dit_flops
 from allegro_model.dit import AllegroDiT
 from allegro_model.errors import CheckpointError
 from allegro_model.geometry import latent_shape
+from allegro_model.loading import bundled_model
 from allegro_model.pipeline import AllegroPipeline, SampleSettings
 from allegro_model.sampling import CACHE_LEVELS, count_work, reference_timesteps
 from allegro_model.sampling import cache as caching
@@ -224,6 +227,10 @@ def test_a_guess_at_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
     operations = 200 * dit_flops(networks.dit, latent_shape(1280, 720, 88), 128).total
     assert 1 < found[0][0] / (operations * 1e-12) < 1.3
     assert found[0][1] > 100
+    patient = replace(networks, calibration=replace(caching.BUNDLED, levels={"fast": caching.CacheLevel(99.0)}))
+    cached = quick.foretell(patient, replace(settings, cache="fast"), Machine(CPU, torch.float32), 100)
+    assert cached is not None
+    assert cached[0] == pytest.approx(found[0][0] / 100)
 
 
 def test_generate_says_it_before_the_first_step(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,10 +263,26 @@ def test_estimate_command(allegro: Run) -> None:
     assert report["estimate"]["evaluations"] == 7
     assert report["estimate"]["seconds"] == pytest.approx(sum(s["seconds"] for s in report["estimate"]["stages"]))
     assert report["hardware"]["cores"] == os.cpu_count()
+    short = ("estimate", "--model", "tiny", "--steps", 1, "--frames", 4, "--json", "a.json")
+    code, _, err = allegro(*short)
+    assert (code, "--force" in err) == (5, True)
+    assert allegro(*short, "--force")[0] == 0
+
+
+def test_estimates_know_the_calibration_of_a_model(allegro: Run, tmp_path: Path) -> None:
+    """What `calibrate` has left beside the weights is what a run will use."""
+    shutil.copytree(bundled_model("tiny"), tmp_path / "own")
+    patient = replace(caching.BUNDLED, levels={"fast": caching.CacheLevel(99.0)})
+    (tmp_path / "own" / "transformer" / "cache.json").write_text(json.dumps(patient.to_dict()), encoding="utf-8")
+    words = ("--steps", 20, "--cache", "fast", "--frames", 4)
+    evaluations = [re.search(r"; (\d+) evaluations", allegro("estimate", "--model", model, *words)[1])[1]  # type: ignore[index]
+                   for model in ("tiny", tmp_path / "own")]
+    assert evaluations[1] == "2" != evaluations[0]
 
 
 @pytest.mark.parametrize(("words", "code", "message"), [
     (("--frames", 7), 3, "num_frames=7"), (("--model", "nowhere"), 4, "88x720P"), (("--device", "nothing"), 3, "Use auto"),
+    (("--model", "tiny", "--interpolate", 65), 3, "from 2 to 64"), (("--model", "tiny", "--interpolate", 1), 3, "from 2 to 64"),
 ])
 def test_estimate_refuses(allegro: Run, words: tuple[object, ...], code: int, message: str) -> None:
     found, out, err = allegro("estimate", *words)
