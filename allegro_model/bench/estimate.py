@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,14 +73,16 @@ class StageEstimate:
 
     Attributes:
         name: as the report of a run calls it.
-        seconds: without reading files.
+        seconds: without reading files, and without bringing streamed layers to the device.
         weights_bytes, working_bytes: peak of the device's memory.
+        streamed: whether the weights do not fit on the device and come to it layer by layer.
     """
 
     name: str
     seconds: float
     weights_bytes: int
     working_bytes: int
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,16 @@ def estimate_run(networks: Networks, settings: SampleSettings, machine: Machine,
 
 def _reading(networks: Networks, settings: SampleSettings, machine: Machine) -> StageEstimate:
     dtype = machine.text_dtype(networks)
-    weights = networks.text_parameters * dtype.itemsize
-    free = free_bytes(machine.device)
-    device = machine.device if free is None or weights < free else torch.device("cpu")  # as the pipeline places it
-    seconds = text_seconds(networks.text, device=device, dtype=dtype) * (1 if settings.guidance_scale == 1.0 else 2)
+    seconds = text_seconds(networks.text, device=machine.device, dtype=dtype) * (1 if settings.guidance_scale == 1.0 else 2)
     working = 4 * TEXT_TOKENS * networks.text["d_ff"] * dtype.itemsize
-    return StageEstimate("reading the prompt", seconds, weights if device == machine.device else 0, working)
+    weights, streamed = _placed(networks.text_parameters * dtype.itemsize, working, machine, lambda: networks.streamed_text_bytes(dtype))
+    return StageEstimate("reading the prompt", seconds, weights, working, streamed)
+
+
+def _placed(weights: int, working: int, machine: Machine, streamed_bytes: Callable[[], int]) -> tuple[int, bool]:
+    """(bytes of a network's weights on the device, whether it is streamed), as the pipeline places it of its own accord."""
+    free = None if machine.device.type == "cpu" else free_bytes(machine.device)
+    return (weights, False) if free is None or weights + working < free else (streamed_bytes(), True)
 
 
 def _sampling(networks: Networks, settings: SampleSettings, machine: Machine, shape: LatentShape) -> Estimate:
@@ -165,7 +172,9 @@ def _sampling(networks: Networks, settings: SampleSettings, machine: Machine, sh
     batch = prompts if both_prompts_fit(working(prompts), machine.device) else 1
     once = evaluation_seconds(networks, shape, device=machine.device, dtype=dtype, attention=machine.attention, batch=batch)
     evaluations, seconds = sampling_seconds(once, settings, networks.calibration)
-    stage = StageEstimate("sampling", seconds, networks.dit_parameters * dtype.itemsize, working(batch))
+    weights, streamed = _placed(networks.dit_parameters * dtype.itemsize, working(batch), machine,
+                                lambda: networks.streamed_dit_bytes(dtype))
+    stage = StageEstimate("sampling", seconds, weights, working(batch), streamed)
     return Estimate(token_count(shape, networks.dit.patch_size), dit_flops(networks.dit, shape, TEXT_TOKENS), evaluations,
                     prompts * once.total, [stage])
 

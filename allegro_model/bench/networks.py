@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +28,7 @@ from ..loading import (
 from ..loading.dimensions import t5_shapes
 from ..loading.source import config_of
 from ..sampling.cache import BUNDLED, CacheCalibration
+from ..streaming import layers_of_dit, streamed_bytes
 from ..vae import VideoVAE
 from .measure import randomise
 
@@ -76,6 +79,19 @@ class Networks:
     def text_parameters(self) -> int:
         """Numbers in the text encoder."""
         return sum(math.prod(shape) for shape in t5_shapes(self.text).values())
+
+    def streamed_dit_bytes(self, dtype: torch.dtype) -> int:
+        """What the transformer needs on a device that it does not fit on, for weights."""
+        dit = (AllegroTI2V if self.image_to_video else AllegroDiT)(self.dit, device=META)
+        return streamed_bytes(dit, layers_of_dit(dit), dtype)
+
+    def streamed_text_bytes(self, dtype: torch.dtype) -> int:
+        """The same of the text encoder: all but the blocks, and the two largest of these."""
+        blocks: Counter[str] = Counter()
+        for name, shape in t5_shapes(self.text).items():
+            block = re.match(r"encoder\.block\.\d+\.", name)
+            blocks[block[0] if block else ""] += math.prod(shape) * dtype.itemsize
+        return blocks.pop("", 0) + sum(sorted(blocks.values())[-2:])
 
     def random_dit(self, layers: int, device: torch.device, dtype: torch.dtype) -> AllegroDiT:
         """A transformer with so many layers of this model's width and arbitrary weights."""

@@ -89,8 +89,10 @@ def _lines(job: Job, networks: Networks, settings: SampleSettings, machine: Mach
     yield f"{'stage':<20}{'time':>10}  peak {'main' if machine.device.type == 'cpu' else 'GPU'} memory"
     for stage in found.stages:
         yield (f"{stage.name:<20}{duration(stage.seconds):>10}  {size(stage.weights_bytes + stage.working_bytes)} "
-               f"({size(stage.weights_bytes)} of weights)")
+               f"({size(stage.weights_bytes)} of weights{', streamed' * stage.streamed})")
     yield f"{'in all':<20}{duration(found.seconds):>10}"
+    if any(stage.streamed for stage in found.stages):
+        yield "streamed: the weights do not fit and come layer by layer, which may take longer than this"
     yield ""
     frames = s.num_frames * (job.args.interpolate or 1)
     files = "" if networks.file_bytes is None else f"{size(networks.file_bytes)} of weights, "

@@ -34,6 +34,7 @@ from allegro_model.loading import bundled_model
 from allegro_model.pipeline import AllegroPipeline, SampleSettings
 from allegro_model.sampling import CACHE_LEVELS, count_work, reference_timesteps
 from allegro_model.sampling import cache as caching
+from allegro_model.streaming import layers_of_dit, streamed_bytes, whole_bytes
 
 CPU = torch.device("cpu")
 Run = Callable[..., tuple[int, str, str]]
@@ -197,6 +198,26 @@ def test_an_estimate_of_the_bundled_model() -> None:
     assert found.evaluations == 2 * d.num_steps
     assert all(stage.seconds > 0 and stage.working_bytes > 0 for stage in found.stages)
     assert found.stages[1].seconds == pytest.approx(found.step_seconds * d.num_steps)
+
+
+def test_networks_that_do_not_fit_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the pipeline; the device is of no kind that could be measured here."""
+    networks, device = open_networks("tiny"), torch.device("cuda")
+    settings = SampleSettings(96, 64, 24, 20, 7.5)
+    monkeypatch.setattr(estimating, "text_seconds", lambda *args, **named: 1.0)
+    monkeypatch.setattr(estimating, "evaluation_seconds", lambda *args, **named: EvaluationSeconds(1.0, 1.0))
+    monkeypatch.setattr(estimating, "decode_seconds", lambda *args, **named: 1.0)
+    monkeypatch.setattr(estimating, "both_prompts_fit", lambda *args: True)
+    found = []
+    for free in (2**40, 0):
+        monkeypatch.setattr(estimating, "free_bytes", lambda device, free=free: free)
+        found.append(estimate_run(networks, settings, Machine(device, torch.float32)).stages[:2])
+    assert [[stage.streamed for stage in stages] for stages in found] == [[False] * 2, [True] * 2]
+    pipeline = AllegroPipeline.from_pretrained("tiny")
+    encoder, dit = pipeline.load_text_encoder(), pipeline.dit
+    assert [stage.weights_bytes for stage in found[1]] == [
+        streamed_bytes(encoder.model, encoder.layers, torch.float32), streamed_bytes(dit, layers_of_dit(dit), torch.float32)]
+    assert found[0][1].weights_bytes == whole_bytes(dit, torch.device("meta"), torch.float32)
 
 
 # A guess before the first step
