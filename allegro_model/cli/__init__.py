@@ -22,7 +22,7 @@ from ..memory import is_out_of_memory
 from .base import Job
 from .console import Console
 from .options import prepare, start_parser
-from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_OK, Report, exit_code
+from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_MISSING, EXIT_OK, Report, exit_code
 from .submit_options import add_submit
 
 __all__ = ["main"]
@@ -68,7 +68,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         add_submit(commands)
         return parser.parse_args(prepare(words))
     if find_spec("torch") is None:
-        raise SystemExit("PyTorch is missing. It is needed for all commands but `submit`; see https://pytorch.org.")
+        sys.stderr.write("PyTorch is missing. It is needed for all commands but `submit`; see https://pytorch.org.\n")
+        raise SystemExit(EXIT_MISSING)
     from .parser import parse_arguments
     return parse_arguments(words)
 

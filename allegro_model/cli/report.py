@@ -37,7 +37,7 @@ class UsageError(AllegroError):
 
 
 # Exit codes: (code, meaning, errors that lead to it). The first entry whose errors match wins.
-EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_INPUT, EXIT_MEMORY, EXIT_CANCELLED = 0, 1, 2, 3, 6, 130
+EXIT_OK, EXIT_BUG, EXIT_USAGE, EXIT_INPUT, EXIT_MEMORY, EXIT_MISSING, EXIT_CANCELLED = 0, 1, 2, 3, 6, 7, 130
 EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
     (EXIT_OK, "done", ()),
     (EXIT_BUG, "an error this program did not expect; please report it", ()),
@@ -45,7 +45,7 @@ EXIT_CODES: list[tuple[int, str, tuple[type[BaseException], ...]]] = [
     (4, "the model files are missing, damaged or of the wrong kind", (CheckpointError,)),
     (5, "the result cannot be written: existing file, full disk, no permission", (OutputError,)),
     (EXIT_MEMORY, "not enough memory", (NotEnoughMemory,)),
-    (7, "an optional package is missing", (MissingDependency,)),
+    (EXIT_MISSING, "a package is missing", (MissingDependency,)),
     (8, "NaN or Inf appeared in the latents or frames", (NonFiniteError,)),
     (9, "a download failed: no network, refused, or not what was announced", (DownloadError,)),
     (10, "a ComfyUI server cannot be reached, or a run failed there", (ServerError,)),

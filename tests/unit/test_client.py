@@ -519,3 +519,10 @@ def test_the_package_gives_its_names_without_loading_pytorch_before() -> None:
 
 def test_a_watcher_may_do_nothing(comfy: FakeComfy, tmp_path: Path) -> None:
     assert run(jobs("nothing"), [comfy], tmp_path, watcher=Watcher())[0].files == []
+
+
+def test_other_commands_say_that_pytorch_is_missing() -> None:
+    code = "import sys\nsys.modules['torch'] = None\nfrom allegro_model.cli import main\nsys.exit(main(['inspect', 'a']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr.startswith("PyTorch is missing.")
