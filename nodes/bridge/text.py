@@ -224,10 +224,15 @@ def _options(weighting: bool) -> dict[str, bool]:
 
 
 def _key(clip: Any, tokens: Any) -> str | None:
-    """Of a prompt in the store: everything that its embeddings depend on. None for a CLIP that others have changed."""
+    """Of a prompt in the store: everything that its embeddings depend on. None for a CLIP that others have changed, or
+    whose file is gone while its weights are in memory."""
     if type(clip) is not T5OnDemand or clip.__dict__.get("layer_idx") is not None:
         return None
-    return prompt_key(clip.identity(), tokens)
+    try:
+        return prompt_key(clip.identity(), tokens)
+    except OSError as error:
+        logger.warning("Allegro: the encoded prompt is not kept: %s", error)
+        return None
 
 
 def _tensors(conditioning: list[Any]) -> dict[str, Tensor] | None:

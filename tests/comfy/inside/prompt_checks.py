@@ -68,6 +68,19 @@ def check_a_changed_clip_is_not_mistaken_for_the_stored_one(h: Host) -> None:
     encode(h, loader(h), disk_cache="clear")
 
 
+def check_a_clip_outlives_its_file(h: Host) -> None:
+    clip = loader(h)
+    kept, _ = encode(h, clip, disk_cache="off")
+
+    def gone() -> str:
+        raise FileNotFoundError("no such file")
+
+    clip.identity = gone
+    number = len(list(folder(h).glob("*")))
+    assert same(encode(h, clip)[0], kept)
+    assert len(list(folder(h).glob("*"))) == number
+
+
 def check_the_node_says_how_many_tokens_were_read(h: Host) -> None:
     clip = loader(h, "published_vocabulary.safetensors")
     _, said = encode(h, clip, "a cat", role="raw", disk_cache="off")
