@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import threading
@@ -14,6 +15,7 @@ _BAR_WIDTH = 24
 _REDRAW_SECONDS = 0.1  # a terminal needs no more
 _TICK_SECONDS = 1.0
 _LINE_SECONDS = 10.0  # between lines in a log file
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 class Console:
@@ -152,7 +154,7 @@ class Progress:
             text = (f"{self.title} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {self._count()}"
                     f"{self._remaining(now)}")
         width = shutil.get_terminal_size().columns - 1
-        self.console.stream.write("\r\x1b[K" + text[:width])
+        self.console.stream.write("\r\x1b[K" + _plain(text)[:width])
         self.console.stream.flush()
 
 
@@ -206,15 +208,20 @@ class StatusLine:
 
     def _draw(self) -> None:
         width = shutil.get_terminal_size().columns - 1
-        self.console.stream.write("\r\x1b[K" + self.text[:width])
+        self.console.stream.write("\r\x1b[K" + _plain(self.text)[:width])
         self.console.stream.flush()
 
 
 def _write(stream: TextIO, text: str) -> None:
     """Writes what the stream can show: a prompt may hold characters its encoding lacks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(text.encode(encoding, "replace").decode(encoding))
+    stream.write(_plain(text).encode(encoding, "replace").decode(encoding))
     stream.flush()
+
+
+def _plain(text: str) -> str:
+    """Without what a terminal would obey: files and servers may hold anything."""
+    return _CONTROL.sub("?", text)
 
 
 def duration(seconds: float) -> str:

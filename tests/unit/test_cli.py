@@ -25,7 +25,7 @@ from snapshot import write_snapshot
 
 from allegro_model import __version__, cli, memory
 from allegro_model.cli import console
-from allegro_model.cli.console import Console, duration, size
+from allegro_model.cli.console import Console, StatusLine, duration, size
 from allegro_model.cli.report import EXIT_CODES, exit_code
 from allegro_model.errors import NonFiniteError, OutputError
 from allegro_model.media import open_writer, read_frames, read_metadata
@@ -1042,6 +1042,16 @@ def test_a_console_that_lacks_characters(monkeypatch: pytest.MonkeyPatch) -> Non
     Console().result("prompt: \u732b \udcff")
     plain.seek(0)
     assert plain.read() == "prompt: ? ?\n"
+
+
+def test_what_a_terminal_would_obey_is_not_passed_on() -> None:
+    """Messages hold what servers and files say."""
+    terminal = Terminal()
+    said = Console(terminal)  # type: ignore[arg-type]
+    said.error("a\x1b[2J\x07\r\x9bb\tc\nd")
+    with StatusLine(said) as line:
+        line.show("\x1b]0;title\x07")
+    assert terminal.text.replace("\r\x1b[K", "") == "a?[2J???b\tc\nd\n?]0;title?"
 
 
 def test_units() -> None:
