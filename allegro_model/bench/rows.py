@@ -26,7 +26,7 @@ from ..vfi import EMAVFI, EMAInterpolator, best_dtype
 from .measure import Measured, Run, in_turn, randomise
 from .networks import META, Networks
 from .roofline import convolution_run, matmul_run
-from .speed import TEXT_TOKENS, dit_run, pair_run
+from .speed import TEXT_TOKENS, dit_run, pair_run, text_run
 
 # A kernel with a matrix of all scores is for short clips.
 _MATH_TOKENS = 4096
@@ -115,18 +115,10 @@ def _peak(scope: Scope, folder: Path) -> dict[str, Variant]:
 
 
 def _text(scope: Scope, folder: Path) -> dict[str, Variant]:
-    from ..text.encoder import empty_model
-
     layers = min(scope.layers, scope.networks.text["num_layers"])
     config = {**scope.networks.text, "num_layers": layers}
-    ids = torch.ones((1, TEXT_TOKENS), dtype=torch.long, device=scope.device)
-
-    def variant(dtype: torch.dtype) -> Variant:
-        model = randomise(empty_model(config), scope.device, dtype)
-        return partial(model, input_ids=ids), text_flops(config, TEXT_TOKENS)
-
-    return {f"{layers} of {scope.networks.text['num_layers']} layers, {TEXT_TOKENS} tokens, {_name(dtype)}": variant(dtype)
-            for dtype in scope.dtypes}
+    return {f"{layers} of {scope.networks.text['num_layers']} layers, {TEXT_TOKENS} tokens, {_name(dtype)}":
+            (text_run(config, scope.device, dtype), text_flops(config, TEXT_TOKENS)) for dtype in scope.dtypes}
 
 
 def _dit(scope: Scope, folder: Path) -> dict[str, Variant]:

@@ -21,11 +21,13 @@ from ..config import DiTConfig
 from ..costs import text_flops, vae_decode_flops
 from ..geometry import LatentShape, token_count
 from ..vfi import EMAInterpolator
-from .measure import Run, at_largest, seconds_of
+from .measure import Run, at_largest, randomise, seconds_of
 from .networks import Networks
 
 TEXT_TOKENS = 128  # of a prompt in the official template; nothing but the text encoder depends much on it
 BUDGET = 0.5
+_TILE_BUDGET = 5.0  # a small VAE is timed with its whole tile: small parts of one take up to twice as long for each cell
+_FEW_OPERATIONS = 10**10  # of a text encoder that takes longer between its products than in them
 _FEWEST_TOKENS = 512  # with fewer, weights are read more than they are used
 
 
@@ -150,13 +152,14 @@ def dit_run(dit: Any, shape: LatentShape, batch: int) -> Run:
 
 
 @torch.no_grad()
-def decode_seconds(networks: Networks, tile: tuple[int, int, int], *, device: torch.device, budget: float = BUDGET) -> float:
+def decode_seconds(networks: Networks, tile: tuple[int, int, int], *, device: torch.device, budget: float = _TILE_BUDGET) -> float:
     """Seconds of decoding one tile of (t, h, w) cells; a smaller one is timed where that is too much."""
     decoder = networks.random_decoder(device)
-    sizes = {}
-    for edge in (4, 8, 12, 16, 24, 32, max(tile)):
-        cells = (min(tile[0], -(-edge // 4)), min(tile[1], edge), min(tile[2], edge))
-        sizes[vae_decode_flops(networks.vae, cells)] = cells
+    t, h, w = tile
+    # All frames of the tile as soon as it can be: a convolution in time takes longer for each of some few.
+    edges = [(1, 4), *((t, edge) for edge in (4, 8, 12, 16, 24, 32, max(h, w)))]
+    cut = [(frames, min(h, edge), min(w, edge)) for frames, edge in edges]
+    sizes = {vae_decode_flops(networks.vae, cells): cells for cells in cut}
 
     def make(flops: int) -> Run:
         latents = torch.randn(1, networks.vae.latent_channels, *sizes[flops], device=device)
@@ -168,12 +171,24 @@ def decode_seconds(networks: Networks, tile: tuple[int, int, int], *, device: to
 
 @torch.no_grad()
 def text_seconds(config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of encoding one prompt, from those of the encoder's largest layer."""
+    """Seconds of encoding one prompt: of a small encoder itself, else from the largest product in it."""
+    if text_flops(config, TEXT_TOKENS) < _FEW_OPERATIONS:
+        run = text_run(config, device, dtype)
+        run()
+        return statistics.median(seconds_of(run, device) for _ in range(5))
     d, ff = config["d_model"], config["d_ff"]
     x, weight = (torch.randn(n, d, device=device, dtype=dtype) for n in (TEXT_TOKENS, ff))
     F.linear(x, weight)
     seconds = min(seconds_of(lambda: F.linear(x, weight), device) for _ in range(3))
     return seconds * text_flops(config, TEXT_TOKENS) / (2 * TEXT_TOKENS * d * ff)
+
+
+def text_run(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Run:
+    """Encoding one prompt with arbitrary weights."""
+    from ..text.encoder import empty_model
+
+    model, ids = randomise(empty_model(config), device, dtype), torch.ones((1, TEXT_TOKENS), dtype=torch.long, device=device)
+    return lambda: model(input_ids=ids)
 
 
 def pair_seconds(interpolator: EMAInterpolator, width: int, height: int, multiplier: int, *, device: torch.device,

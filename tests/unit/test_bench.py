@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ from commands import run_command
 
 from allegro_model.attention import sdpa
 from allegro_model.bench import estimate as estimating
-from allegro_model.bench import quick
+from allegro_model.bench import quick, speed
 from allegro_model.bench.estimate import Machine, estimate_run, sampling_seconds
 from allegro_model.bench.fit import fit_seconds
 from allegro_model.bench.measure import Measured, at_largest, in_turn, peak_of, randomise
 from allegro_model.bench.networks import META, T5_XXL, open_networks
-from allegro_model.bench.speed import EvaluationSeconds, evaluation_seconds
+from allegro_model.bench.speed import EvaluationSeconds, decode_seconds, evaluation_seconds
 from allegro_model.cli import generate as generating
 from allegro_model.cli.console import roughly
 from allegro_model.config import DIT_88X720P, PRESETS
@@ -35,6 +36,7 @@ from allegro_model.pipeline import AllegroPipeline, SampleSettings
 from allegro_model.sampling import CACHE_LEVELS, count_work, reference_timesteps
 from allegro_model.sampling import cache as caching
 from allegro_model.streaming import layers_of_dit, streamed_bytes, whole_bytes
+from allegro_model.vae import VideoVAE
 
 CPU = torch.device("cpu")
 Run = Callable[..., tuple[int, str, str]]
@@ -53,6 +55,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     now = [0.0]
     monkeypatch.setattr("allegro_model.bench.measure.time.perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates that time the smallest part of a tile."""
+    monkeypatch.setattr(estimating, "decode_seconds", partial(decode_seconds, budget=0.0))
 
 
 # Measuring
@@ -188,7 +196,22 @@ def test_parts_are_scaled_to_the_whole(clock: Callable[[float], None]) -> None:
     assert found.linear == 0
 
 
-def test_an_estimate_of_the_bundled_model() -> None:
+def test_tiles_are_timed_with_all_their_frames(monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]) -> None:
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(VideoVAE, "decode_tile", lambda self, latents: (seen.append(tuple(latents.shape[2:])), clock(0.01)))
+    assert decode_seconds(open_networks("tiny"), (6, 8, 12), device=CPU) == pytest.approx(0.01)
+    assert seen[0] == (1, 4, 4)
+    assert seen[-1] == (6, 8, 12)
+    assert all(t == 6 for t, h, w in seen[2:])
+
+
+def test_a_small_text_encoder_is_timed_as_a_whole(monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]) -> None:
+    monkeypatch.setattr(speed, "text_run", lambda *args: lambda: clock(0.125))
+    assert speed.text_seconds(open_networks("tiny").text, device=CPU, dtype=torch.float32) == 0.125
+    assert speed.text_seconds({**T5_XXL, "d_model": 64, "d_ff": 64, "num_layers": 24000}, device=CPU, dtype=torch.float32) == 0
+
+
+def test_an_estimate_of_the_bundled_model(hasty: None) -> None:
     networks = open_networks("tiny")
     d = networks.defaults
     settings = SampleSettings(d.width, d.height, d.num_frames, d.num_steps, d.guidance_scale)
@@ -272,7 +295,7 @@ def test_a_guess_is_said_roughly(seconds: float, text: str) -> None:
 # The commands
 
 
-def test_estimate_command(allegro: Run) -> None:
+def test_estimate_command(allegro: Run, hasty: None) -> None:
     code, out, _ = allegro("estimate", "--model", "tiny", "--steps", 7, "--cfg", 1, "--interpolate", 2, "--json", "a.json")
     assert code == 0
     assert "tiny: 24 frames of 96x64, 7 steps, cfg 1, step cache off\n" in out
@@ -290,7 +313,7 @@ def test_estimate_command(allegro: Run) -> None:
     assert allegro(*short, "--force")[0] == 0
 
 
-def test_estimates_know_the_calibration_of_a_model(allegro: Run, tmp_path: Path) -> None:
+def test_estimates_know_the_calibration_of_a_model(allegro: Run, hasty: None, tmp_path: Path) -> None:
     """What `calibrate` has left beside the weights is what a run will use."""
     shutil.copytree(bundled_model("tiny"), tmp_path / "own")
     patient = replace(caching.BUNDLED, levels={"fast": caching.CacheLevel(99.0)})
