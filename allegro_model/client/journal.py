@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,8 @@ from ..atomic import writing
 from ..errors import OutputError
 
 JOURNAL = "allegro-jobs.jsonl"
+# Of Windows' lock, which bars reading what it covers: far behind the end, and within what msvcrt can count to.
+_LOCKED_BYTE = 2**30
 
 
 @dataclass
@@ -112,15 +115,22 @@ class Journal:
 
 
 def _lock_file(file: BinaryIO) -> bool:
-    """Whether this process alone has the file; the lock ends with the process. Not on Windows, which has no such lock."""
+    """Whether this process alone has the file; the lock ends when the file is closed."""
     try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        try:
+            import fcntl
+        except ImportError:
+            _lock_on_windows(file)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on Windows
         return False
     except OSError:  # some network file systems have no locks
         return True
     return True
+
+
+def _lock_on_windows(file: BinaryIO) -> None:
+    msvcrt: Any = import_module("msvcrt")  # of which type checkers know nothing elsewhere
+    file.seek(_LOCKED_BYTE)
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
