@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import threading
 import time
@@ -99,7 +100,7 @@ class Listener:
         try:
             found = json.loads(message)
             kind, data = found["type"], found["data"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # other nodes send what they like
             return False
         if not isinstance(data, dict) or data.get("prompt_id") != self._prompt_id:
             return False
@@ -127,7 +128,7 @@ class Listener:
             return None
         try:
             about = json.loads(message[8 : 8 + number])
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(about, dict) or about.get("prompt_id") != self._prompt_id:
             return None
@@ -135,4 +136,4 @@ class Listener:
 
 
 def _whole(value: object) -> int:
-    return int(value) if isinstance(value, int | float) else 0
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else 0

@@ -14,12 +14,12 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_file, writing
+from ..atomic import atomic_file, check_free_space, writing
 from ..errors import (
     AllegroError,
     Cancelled,
@@ -38,6 +38,7 @@ Graph = dict[str, dict[str, Any]]
 POLL_SECONDS = 5.0  # between questions to the server; events come at once
 _MAX_JSON = 2**28
 _CHUNK = 2**18
+_SHOWN = 200  # characters of an answer that makes no sense
 _CANCEL_SECONDS = 10.0
 
 
@@ -138,7 +139,9 @@ class ComfyServer:
         if answer.get("node_errors") or "prompt_id" not in answer:
             if "prompt_id" in answer:  # the server would run the sound part alone: a clip would be missing
                 self.cancel(str(answer["prompt_id"]))
-            raise PromptRefused(f"{self.url} refused the workflow: {_refusal(graph, answer)}")
+            with self._understanding("/prompt", answer):
+                refusal = _refusal(graph, answer)
+            raise PromptRefused(f"{self.url} refused the workflow: {refusal}")
         if answer["prompt_id"] != prompt_id:
             raise ServerError(f"{self.url} gave a run another id than it was asked for: it is older than ComfyUI 0.3.64. "
                               "Update it.")
@@ -153,14 +156,16 @@ class ComfyServer:
         for _ in range(2):  # between the first two questions it may go from the queue to the history
             entry = self._json("GET", f"/history/{urllib.parse.quote(prompt_id)}").get(prompt_id)
             if entry is not None:
-                return RunState("ended", entry=entry)
+                with self._understanding("/history", entry):
+                    return RunState("ended", entry=_mapping(entry))
             queue = self._json("GET", "/queue")
-            if prompt_id in [item[1] for item in queue.get("queue_running", [])]:
+            with self._understanding("/queue", queue):
+                running = [item[1] for item in queue.get("queue_running", [])]
+                waiting = [item[1] for item in sorted(queue.get("queue_pending", []), key=lambda item: (item[0], item[1]))]
+            if prompt_id in running:
                 return RunState("running")
-            waiting = sorted((item[0], item[1]) for item in queue.get("queue_pending", []))
-            ids = [found for _, found in waiting]
-            if prompt_id in ids:
-                return RunState("waiting", ids.index(prompt_id) + len(queue.get("queue_running", [])))
+            if prompt_id in waiting:
+                return RunState("waiting", waiting.index(prompt_id) + len(running))
         return RunState("unknown")
 
     def wait(self, prompt_id: str, on_event: Callable[[Event], None] | None = None, *,
@@ -251,12 +256,13 @@ class ComfyServer:
             force: an existing file may be replaced.
         Raises:
             ServerError: it is gone, or the connection broke.
-            OutputError: it cannot be written.
+            OutputError: it cannot be written, or is larger than what the disk has left.
         """
         path = Path(path)
         query = urllib.parse.urlencode({"filename": file.filename, "subfolder": file.subfolder, "type": file.type})
         with atomic_file(path, force=force) as temporary, self._open("GET", f"/view?{query}") as answer:
             with writing(path):
+                check_free_space(path, answer.length or 0)
                 target = temporary.open("wb")
             with target:
                 for chunk in self._chunks(answer):
@@ -344,23 +350,41 @@ class ComfyServer:
                 raise ServerError(f"{self.url} sent more than {_MAX_JSON} bytes for {path}. Is it a ComfyUI?")
         if not text.strip():
             return {}  # what the queue answers to orders
-        with suppress(ValueError):
-            if isinstance(found := json.loads(text), dict):
-                return found
-        raise ServerError(f"{self.url} did not answer {path} with JSON. Is it a ComfyUI?")
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ServerError(f"{self.url} did not answer {path} with JSON. Is it a ComfyUI?") from None
+        with self._understanding(path, found):
+            return _mapping(found)
+
+    @contextmanager
+    def _understanding(self, path: str, found: object) -> Iterator[None]:
+        """Turns what fails when JSON is not shaped as a ComfyUI's into an error about the server."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ServerError(f"{self.url} answered {path} with {repr(found)[:_SHOWN]}, which a ComfyUI does not. Check the "
+                              "address.") from error
 
     def _results(self, entry: Mapping[str, Any]) -> list[RemoteFile]:
         """The files of a run that succeeded."""
-        status = entry.get("status") or {}
-        if status.get("status_str", "success") == "success":
-            return list(_files(entry.get("outputs") or {}))
-        for kind, data in status.get("messages", []):
-            if kind == "execution_interrupted":
-                raise RunInterrupted(f"{self.url}: somebody interrupted the run. Submit it again to do it all the same.")
-            if kind == "execution_error":
-                raise RunFailed(f"{self.url}: node {data.get('node_id')} ({data.get('node_type')}) failed with "
-                                f"{data.get('exception_type')}: {str(data.get('exception_message')).strip()}")
+        with self._understanding("/history", entry):
+            status = entry.get("status") or {}
+            if status.get("status_str", "success") == "success":
+                return list(_files(entry.get("outputs") or {}))
+            for kind, data in status.get("messages", []):
+                if kind == "execution_interrupted":
+                    raise RunInterrupted(f"{self.url}: somebody interrupted the run. Submit it again to do it all the same.")
+                if kind == "execution_error":
+                    raise RunFailed(f"{self.url}: node {data.get('node_id')} ({data.get('node_type')}) failed with "
+                                    f"{data.get('exception_type')}: {str(data.get('exception_message')).strip()}")
         raise RunFailed(f"{self.url}: the run failed, and the server does not say why. Look into its log.")
+
+
+def _mapping(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise TypeError("no JSON object")
+    return found
 
 
 def _files(outputs: Mapping[str, Any]) -> Iterator[RemoteFile]:
