@@ -28,7 +28,7 @@ class FakeComfy:
 
     Attributes:
         faults: "METHOD /path" -> what happens at the next such requests: a status such as "500", "reset" (the connection
-            breaks before the request is handled), "deaf" (handled, but the answer is lost), "cut" (half of the content).
+            breaks before the request is handled), "deaf" (handled, but the answer is lost), "cut" (half of the content), or JSON (the answer).
         steps: events of each run.
         runs: prompts that were begun, in this order.
         requests: "METHOD /path" of each.
@@ -225,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._break()
         if fault.isdecimal():
             return self._send(int(fault), b"no")
+        if fault[:1] in ("[", "{"):
+            return self._send(200, fault.encode())
         if parts.path == "/ws":
             return self._listen(urllib.parse.parse_qs(parts.query)["clientId"][0])
         status, answer = self._handle(parts, body)

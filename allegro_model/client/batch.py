@@ -188,7 +188,7 @@ class Batch:
         if self._force:
             return
         for path in self.folder.iterdir():
-            if path.name.startswith(f"{job.name}.") and path.name not in own:
+            if path.suffix and path.stem == job.name and path.name not in own:
                 raise exists_error(path)
 
     def _reach(self) -> None:
@@ -386,11 +386,14 @@ class Batch:
 
 
 def result_names(name: str, files: Sequence[RemoteFile]) -> list[str]:
-    """What the results are called here. Of the server's names, which may be anything, only the extension is taken."""
+    """What the results are called here. Of the server's names, which may be anything, only the extension is taken.
+
+    Further files have a number after a plus, with which no name of a job ends: they are never called as those of another job.
+    """
     names: list[str] = []
     for file in files:
         suffix = Path(file.filename.replace("\\", "/")).suffix.lower()
         suffix = suffix if suffix[1:].isalnum() and suffix.isascii() and len(suffix) <= 12 else ".bin"
         count = sum(existing.endswith(suffix) for existing in names)
-        names.append(f"{name}{f'-{count + 1}' if count else ''}{suffix}")
+        names.append(f"{name}{f'+{count + 1}' if count else ''}{suffix}")
     return names

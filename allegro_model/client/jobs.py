@@ -19,7 +19,9 @@ from .server import Graph
 NAME = "name"  # the one column that does not concern the graph: what the results are called
 _SLUG_LENGTH = 40
 _KEY_LENGTH = 8  # digits of the key in a file name
-_ILLEGAL = re.compile(r'[<>:"/\\|?*\x00-\x1f]|^[. ]|[. ]$')
+# What some system refuses or changes, the devices of Windows among it, and the ends that number further results.
+_ILLEGAL = re.compile(r'[<>:"/\\|?*\x00-\x1f]|^[. ]|[. ]$|^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)|\+[0-9]+$',
+                      re.IGNORECASE)
 
 
 @dataclass
@@ -69,7 +71,8 @@ def make_job(graph: Graph, uploads: Mapping[str, Path] | None = None, *, name: s
         slug = re.sub(r"[^\w]+", "-", title.lower()).strip("-_")[:_SLUG_LENGTH].strip("-_")
         name = f"{slug or 'job'}-{key[:_KEY_LENGTH]}"
     elif _ILLEGAL.search(name) or len(name.encode()) > 200:
-        raise AllegroError(f"{name!r} is no name for a result: expected a file name without folder and extension.")
+        raise AllegroError(f"{name!r} is no name for a result: expected a file name without folder and extension, that no system "
+                           "reserves (as Windows does NUL), and that does not end in + and a number.")
     return Job(graph, key, name, dict(uploads or {}))
 
 

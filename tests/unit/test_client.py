@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from allegro_model.client import (
     server,
     text_to_video,
 )
+from allegro_model.client.events import Listener
 from allegro_model.client.journal import Journal
 from allegro_model.errors import (
     AllegroError,
@@ -172,6 +175,35 @@ def test_answers_that_are_no_comfyui(comfy: FakeComfy) -> None:
         with pytest.raises(error, match=words):
             ComfyServer(comfy.url).check()
     ComfyServer(comfy.url).check()
+
+
+@pytest.mark.parametrize(("path", "answer"), [
+    ("GET /queue", []), ("GET /queue", [7]), ("GET /queue", {"queue_running": 3}), ("GET /queue", {"queue_running": [[]]}),
+    ("GET /queue", {"queue_pending": [[1, "a"], ["b", "c"]]}), ("GET /history/a", {"a": []}), ("GET /history/a", {"a": {"status": 1}}),
+    ("GET /history/a", {"a": {"outputs": [1]}}), ("GET /history/a", {"a": {"status": {"status_str": "error", "messages": [[1]]}}}),
+    ("POST /prompt", {"node_errors": [1]}), ("POST /prompt", {"node_errors": {"1": 2}}),
+])
+def test_json_that_is_not_a_comfyui_s(comfy: FakeComfy, path: str, answer: Any) -> None:
+    comfy.faults[path] = [json.dumps(answer)] * 2
+    with pytest.raises(ServerError, match=r"answered /[a-z]+.* with .*which a ComfyUI does not"):
+        ComfyServer(comfy.url).run(text_to_video("a")) if "prompt" in path else ComfyServer(comfy.url).wait("a")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "3", None, [1]])
+def test_steps_that_are_no_numbers(value: Any) -> None:
+    events: list[Event] = []
+    message = json.dumps({"type": "progress", "data": {"prompt_id": "a", "value": value, "max": value}})
+    listener = Listener("a", lambda path: ())
+    assert not any(listener._ends(found, events.append) for found in (message, "[" * 100_000, "[1]", '{"type": [], "data": 1}'))
+    assert events == [Event()]
+
+
+def test_a_result_that_does_not_fit_the_disk(comfy: FakeComfy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,) = ComfyServer(comfy.url).run(text_to_video("a" * 21_000))  # 2 MiB
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(OutputError, match=r"about 2\.0 MiB are needed and the disk has 1\.0 MiB left\. Free some space"):
+        ComfyServer(comfy.url).download(file, tmp_path / "a.mp4")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_upload_is_named_by_its_content(comfy: FakeComfy, tmp_path: Path) -> None:
@@ -386,13 +418,30 @@ def test_a_line_that_was_torn_does_not_spoil_the_next(tmp_path: Path) -> None:
     again.close()
 
 
-def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
+@pytest.mark.parametrize("system", ["fcntl", "msvcrt"])
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.name == "nt" and system == "fcntl":
+        pytest.skip("Windows has no fcntl")
+    if os.name != "nt" and system == "msvcrt":
+        import fcntl
+
+        def locking(descriptor: int, mode: int, count: int) -> None:
+            assert (os.lseek(descriptor, 0, os.SEEK_CUR), mode, count) == (2**30, 2, 1)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PermissionError(13, "Permission denied") from None
+
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
     journal = Journal(tmp_path)
     with pytest.raises(OutputError, match="Another process is working"):
         Journal(tmp_path)
+    journal.submitting("a", "http://x", "1")
     journal.close()
-    Journal(tmp_path).close()
+    again = Journal(tmp_path)
+    assert again.of("a").runs == {"http://x": "1"}
+    again.close()
 
 
 def test_a_foreign_file_is_never_replaced(comfy: FakeComfy, tmp_path: Path) -> None:
@@ -402,22 +451,30 @@ def test_a_foreign_file_is_never_replaced(comfy: FakeComfy, tmp_path: Path) -> N
     assert comfy.runs == []
     assert (tmp_path / "mine.mp4").read_bytes() == b"precious"
     assert contents(run(jobs("a", name="mine"), [comfy], tmp_path, force=True)) == [text("a")]
+    assert contents(run(jobs("b", name="mine.2"), [comfy], tmp_path)) == [text("b")]
+    (tmp_path / "mine.mp4").unlink()
+    assert contents(run(jobs("c", name="mine"), [comfy], tmp_path)) == [text("c")], "mine.2.mp4 is not one of its results"
     with pytest.raises(AllegroError, match="would both be called 'X'"):
         Batch([*jobs("a", name="x"), *jobs("b", name="X")], [], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", "x.", "a\nb", "c:x", "é" * 150])
-def test_a_name_stays_in_the_folder(name: str) -> None:
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "..", "x.", "x ", "a\nb", "c:x", "é" * 150, "NUL", "con.a", "Com1 .x", "lpt²", "a+2"])
+def test_a_name_is_that_of_a_file_in_the_folder(name: str) -> None:
     with pytest.raises(AllegroError, match="is no name for a result"):
         jobs("a", name=name)
+
+
+@pytest.mark.parametrize("name", ["a.2", "a-2", "a+b", "console", "com", "x con", "nul-1"])
+def test_a_name_that_may_be_used(name: str) -> None:
+    assert jobs("a", name=name)[0].name == name
 
 
 def test_names_from_a_server_cannot_leave_the_folder() -> None:
     def names(*filenames: str) -> list[str]:
         return batch.result_names("clip", [server.RemoteFile("1", name, "", "output") for name in filenames])
 
-    assert names("a.mp4", "../../b.MP4", "c.latent") == ["clip.mp4", "clip-2.mp4", "clip.latent"]
-    assert names("x./../../etc", "y.mp4/../../z", "w", "v.mp4\\..\\u.p/ng") == ["clip.bin", "clip-2.bin", "clip-3.bin", "clip-4.bin"]
+    assert names("a.mp4", "../../b.MP4", "c.latent") == ["clip.mp4", "clip+2.mp4", "clip.latent"]
+    assert names("x./../../etc", "y.mp4/../../z", "w", "v.mp4\\..\\u.p/ng") == ["clip.bin", "clip+2.bin", "clip+3.bin", "clip+4.bin"]
 
 
 # The command
