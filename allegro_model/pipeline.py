@@ -420,7 +420,8 @@ class AllegroPipeline:
         source = open_source(self.root, "t5-encoder", subfolder="text_encoder")
         of_all = (files_identity(source.header.files), str(self.text_dtype), self.device.type, self.defaults.text_length)
         keys = [prompt_key(*of_all, text) or "" for text in texts]  # text is JSON: there is always a key
-        found = {key: Prompt(**tensors) for key in keys if (tensors := store.get(key)) is not None}
+        found = {key: Prompt(tensors["embeds"], tensors["mask"]) for key in keys
+                 if (tensors := store.get(key, embeds=3, mask=2)) is not None}
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
         for key, prompt in zip(missing, encode(list(missing.values())) if missing else [], strict=True):
             store.put(key, prompt._asdict())

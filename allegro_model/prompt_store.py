@@ -72,14 +72,22 @@ class PromptStore:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
 
-    def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, or None."""
+    def get(self, key: str, **axes: int) -> dict[str, Tensor] | None:
+        """The tensors of an entry, or None.
+
+        Args:
+            key: of the entry.
+            **axes: the tensors that it must have, and how many axes each.
+        """
         path = self._path(key)
         try:
             tensors = load(path.read_bytes())
+            found = {name: tensors[name].ndim for name in axes if name in tensors}
+            if found != axes:
+                raise ValueError(f"it holds {sorted(tensors)}, expected tensors and axes {axes}")
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             logger.warning("The stored prompt %s cannot be read (%s); the prompt is encoded again.", path.name, error)
             with suppress(OSError):
                 path.unlink()

@@ -190,7 +190,7 @@ def encode(clip: Any, text: str, *, weighting: bool, store: PromptStore | None =
     """
     tokens = clip.tokenize(join_surrogates(text), **_options(weighting))  # a script can send what no tokenizer can read
     key = _key(clip, tokens) if store is not None else None
-    if store is not None and key is not None and (found := store.get(key)) is not None:
+    if store is not None and key is not None and (found := store.get(key, **{_EMBEDS: 3})) is not None:
         logger.info("Allegro: the prompt was encoded before and is taken from %s.", store.folder)
         return _conditioning(found)
     with stage("text encoding", comfy.model_management.text_encoder_device()):

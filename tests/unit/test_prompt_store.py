@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from allegro_model.prompt_store import PromptStore, files_identity, prompt_key
 
@@ -44,11 +45,13 @@ def test_an_entry_larger_than_the_limit_is_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_entry_is_removed_and_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("content", [b"half a fi", save({"embeds": torch.ones(1, 9)}), save({"embeds": torch.ones(9), "mask": torch.ones(1, 9)})])
+def test_a_damaged_or_foreign_entry_is_removed_and_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
     store = PromptStore(tmp_path)
     store.put(KEY, entry(1))
-    (tmp_path / f"{KEY}.safetensors").write_bytes(b"half a fi")
-    assert store.get(KEY) is None
+    assert store.get(KEY, embeds=2, mask=2) is not None
+    (tmp_path / f"{KEY}.safetensors").write_bytes(content)
+    assert store.get(KEY, embeds=2, mask=2) is None
     assert "encoded again" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
