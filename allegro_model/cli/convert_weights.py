@@ -43,12 +43,25 @@ def convert(job: Job) -> None:
 
 
 def _whole(job: Job, source: Path, output: Path) -> dict[str, object]:
-    """A model folder: both large parts converted, the others copied."""
+    """A model folder: both large parts converted, the others copied. One that was new and is not finished is removed."""
+    if output.suffix.lower() in WEIGHTS:
+        raise OutputError(f"Cannot write {output}: {source} is a whole model, which is written as a folder. Give the name of one, or "
+                          f"convert a part, such as {component_folder(source, 'transformer')}.")
     if output.exists() and not job.force:
         raise OutputError(f"{output} already exists and was left as it is. Add --force to replace its files, or choose "
                           "another name.")
     if output.resolve() in (source.resolve(), *(component_folder(source, part).resolve().parent for part in _PARTS)):
         raise OutputError(f"{output} is the model itself, or one whose parts it shares. Choose another folder.")
+    new = not output.exists()
+    try:
+        return _parts(job, source, output)
+    except BaseException:
+        if new:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _parts(job: Job, source: Path, output: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for part, stem in _PARTS.items():
         folder, suffix = component_folder(source, part), suffix_of(job.args.format)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import DIT, tiny_dit
 from torch import Tensor
 
+from allegro_model.cli import convert_weights
 from allegro_model.errors import OutputError, UnsupportedCheckpoint
 from allegro_model.loading import apply_loras, bundled_model, describe, load_dit, load_text_encoder
 from allegro_model.loading.convert import FORMATS, convert_checkpoint, suffix_of
@@ -152,6 +153,18 @@ def test_a_model_is_not_converted_in_its_own_place(tmp_path: Path, capsys: pytes
     (tmp_path / "file").touch()
     code, _, err = run_command(capsys, ["convert", "tiny", str(tmp_path / "file"), "--format", "int8", "--force"])
     assert (code, "Cannot write" in err) == (5, True)
+
+
+def test_a_whole_model_is_no_file_and_never_half_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run_command(capsys, ["convert", "tiny", str(tmp_path / "b.safetensors"), "--format", "int8"])
+    assert (code, "is a whole model, which is written as a folder" in err) == (5, True)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr(convert_weights, "convert_checkpoint", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    for name in ("new", "old"):
+        assert run_command(capsys, ["convert", "tiny", str(tmp_path / name), "--format", "int8", "--force"])[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_second_conversion_is_the_one_that_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
