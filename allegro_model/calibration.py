@@ -96,6 +96,7 @@ class Calibrator:
             the calibration, and what was measured for it.
         Raises:
             OutputError: the folder cannot be made, or not be written to.
+        ValueError: the runs have so few steps that each is needed; see `MIN_STEPS`.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,12 +126,21 @@ class Calibrator:
         known = _read(path, key)
         if known is not None:
             return known
+        before = self.pipeline.calibration
         if base is not None:
             self.pipeline.calibration = replace(base, levels={"safe": CacheLevel(threshold, GUIDANCE)})
+        try:
+            result = self._drawn(number, settings, "every step" if base is None else f"threshold {threshold:.2f}")
+        finally:
+            self.pipeline.calibration = before
+        _write(path, key, result)
+        return result
+
+    def _drawn(self, number: int, settings: SampleSettings, how: str) -> tuple[Tensor, Tensor]:
         changes: list[Tensor] = []
         last: Tensor | None = None
         embeds, condition = self._inputs(number)
-        with self.watch(f"Clip {number + 1}, {'every step' if base is None else f'threshold {threshold:.2f}'}") as show:
+        with self.watch(f"Clip {number + 1}, {how}") as show:
 
             def after_step(info: StepInfo) -> None:
                 nonlocal last
@@ -142,9 +152,7 @@ class Calibrator:
             state = self.pipeline.sample(embeds, self.pipeline.start(settings, condition=condition), callback=after_step)
         assert last is not None
         relative = torch.stack(changes) / last.square().mean().sqrt().cpu()
-        result = self.pipeline.raw_latents(state), relative
-        _write(path, key, result)
-        return result
+        return self.pipeline.raw_latents(state), relative
 
     def _inputs(self, number: int) -> tuple[PromptEmbeds, Tensor | None]:
         s = self.settings
@@ -206,12 +214,17 @@ def threshold_for(base: CacheCalibration, fewer: float, settings: SampleSettings
 
 
 def choose(speeds: Sequence[Speed]) -> dict[str, CacheLevel]:
-    """For each level the fastest that its gate lets through, or else the slowest that was tried."""
+    """For each level the fastest that its gate lets through, or else the slowest that was tried.
+
+    Raises:
+        ValueError: no speed was tried.
+    """
+    if not speeds:
+        raise ValueError(f"There is no speed to choose from: expected at least one. Calibrate runs of {MIN_STEPS} steps or more.")
     levels = {}
     for level in GATES:
         passed = [speed for speed in speeds if speed.passes(level)] or list(speeds[:1])
-        if passed:
-            levels[level] = CacheLevel(max(passed, key=lambda speed: speed.fewer).threshold, GUIDANCE)
+        levels[level] = CacheLevel(max(passed, key=lambda speed: speed.fewer).threshold, GUIDANCE)
     return levels
 
 

@@ -67,6 +67,8 @@ def test_the_threshold_for_a_speed_is_the_smallest():
 def test_a_level_is_the_fastest_that_its_gate_lets_through():
     speeds = [Speed(1.5, 0.4, 33, 0.95), Speed(2.3, 0.7, 29, 0.85), Speed(4, 1.5, 24, 0.8), Speed(8, 3, 21, 0.5)]
     assert {name: level.threshold for name, level in choose(speeds).items()} == {"safe": 0.4, "fast": 1.5, "draft": 3}
+    with pytest.raises(ValueError, match="no speed to choose from"):
+        choose([])
     poor = [Speed(1.5, 0.4, 26, 0.95), Speed(2.3, 0.7, 15, 0.9)]
     levels = choose(poor)
     assert {name: level.threshold for name, level in levels.items()} == {"safe": 0.4, "fast": 0.4, "draft": 0.4}
@@ -109,6 +111,7 @@ def test_a_stopped_calibration_goes_on(model, tmp_path, monkeypatch):
     monkeypatch.setattr(made.pipeline, "start", lambda *a, **k: start(*a, **k) if len(titles) < 4 else (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         made.run("Small")
+    assert made.pipeline.calibration is None
     made, titles = calibrator(model, tmp_path / "b")
     assert made.run("Small") == whole
     assert len(titles) == 3, "of six runs three were finished"
