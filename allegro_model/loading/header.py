@@ -205,7 +205,8 @@ def looks_pickled(start: bytes) -> bool:
 def _explain_foreign(path: Path, start: bytes, size: int) -> str:
     """Says what a file that is not safetensors looks like, and what to do."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    want = "expected a safetensors file"
+    kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
+    want = f"expected a {kind} file"
     if size == 0:
         return f"{path} is empty (0 bytes), {want}. Download it again."
     if text.startswith(b"version https://git-lfs"):
@@ -229,5 +230,5 @@ def _explain_foreign(path: Path, start: bytes, size: int) -> str:
     if size < 9:
         return f"{path} has only {size} bytes, {want}. Download it again."
     return (
-        f"{path} is not a safetensors file (unknown content), {want}. Download it again, or choose another."
+        f"{path} is not a {kind} file (unknown content), {want}. Download it again, or choose another."
     )

@@ -164,6 +164,14 @@ def test_other_contents_are_named(tmp_path, content, message):
     assert "expected a safetensors file" in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"", b"0123456789"])
+def test_the_format_that_a_name_promises_is_named(tmp_path, content):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UnsupportedCheckpoint, match="expected a GGUF file") as error:
+        read_header(tmp_path / "model.gguf")
+    assert "safetensors" not in str(error.value)
+
+
 def test_lfs_pointer_says_what_to_do(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5500000000\n")
