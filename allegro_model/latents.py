@@ -49,7 +49,7 @@ def pack_state(state: SampleState, metadata: dict[str, Any]) -> bytes:
         tensor = getattr(state, name)
         if tensor is not None:
             tensors[name] = tensor.contiguous()
-    run = {**metadata, "step": state.step, "settings": state.settings.to_dict()}
+    run = {**metadata, "step": state.step, "settings": state.settings.to_dict(), "attention": state.attention}
     if state.kept is not None:
         run["kept_start"] = state.kept_start
     return save(tensors, {"allegro": json.dumps(run)})
@@ -105,4 +105,5 @@ def read_state(path: str | PathLike[str]) -> tuple[SampleState, dict[str, Any]]:
         raise UnsupportedCheckpoint(f"{path} holds the settings {stated} after step {step}: expected {sorted(kinds)} and a "
                                     "whole number. The file is damaged; start the run again.")
     optional: dict[str, Any] = {name: tensors.get(name) for name in _OPTIONAL}
+    optional["attention"] = str(metadata.get("attention", ""))  # one that is unknown, or of versions without, is as none
     return SampleState(tensors["noisy_latents"], step, SampleSettings(**stated), **optional, kept_start=kept_start), metadata

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionShape, Kernel, check_attention, choose_attention
+from .attention import BACKENDS, AttentionShape, Kernel, check_attention, choose_attention
 from .compiling import CompiledBlocks
 from .conditioning import GivenFrames, build_condition, sample_posterior
 from .config import DiTConfig, SamplingConfig, VAEConfig
@@ -149,6 +149,7 @@ class SampleState:
         kept: [1, 4, k, h, w], normalised: latent frames that are not to change; None for none.
         kept_start: the latent frame that the first of them is.
         skipped: what the step cache left out in these steps, for the user; empty without one.
+        attention: the kernel of the steps done, which "auto" keeps for the others: kernels differ by rounding; empty before the first.
     """
 
     latents: Tensor
@@ -159,6 +160,7 @@ class SampleState:
     kept: Tensor | None = field(default=None, repr=False)
     kept_start: int = 0
     skipped: str = ""
+    attention: str = ""
 
     @property
     def finished(self) -> bool:
@@ -305,11 +307,17 @@ class AllegroPipeline:
         """The transformer, on the pipeline's device."""
         return self._load_dit().to(self.device, self.dit_dtype)
 
-    def kernel(self, settings: SampleSettings) -> Kernel:
-        """The attention of a run; the choice, which may be measured, is made once for each size of clip."""
+    def kernel(self, settings: SampleSettings, used: str = "") -> Kernel:
+        """The attention of a run; the choice, which may be measured, is made once for each size of clip.
+
+        Args:
+            settings: of the run.
+            used: for the steps that are done, which "auto" keeps; empty for none.
+        """
         config = self.dit_config
         tokens = token_count(latent_shape(settings.width, settings.height, settings.num_frames), config.patch_size)
-        key = (self.attention, self.device, self.dit_dtype,
+        name = used if self.attention == "auto" and used in BACKENDS else self.attention
+        key = (name, self.device, self.dit_dtype,
                AttentionShape(tokens, config.num_attention_heads, config.attention_head_dim))
         if key not in self._kernels:
             self._kernels[key] = choose_attention(*key)
@@ -567,7 +575,7 @@ class AllegroPipeline:
                 self._dit_bytes(s) + self.sampling_bytes(s)):
             self._vae = None  # where frames were encoded; it is read again to decode
         cache = None if s.cache == "off" else StepCache(s.cache, self.cache_calibration())
-        kernel, last = self.kernel(s), state.denoised
+        kernel, last = self.kernel(s, state.attention), state.denoised
 
         def after_step(info: StepInfo) -> None:
             nonlocal last
@@ -594,7 +602,7 @@ class AllegroPipeline:
         if cache is not None and cache.idle and stop is None:
             log.warning("%s", IDLE)
         return replace(state, latents=_settled(x.cpu(), state, step), step=step,
-                       denoised=None if last is None else last.cpu(), skipped=skipped)
+                       denoised=None if last is None else last.cpu(), skipped=skipped, attention=kernel.name)
 
     def cache_calibration(self) -> CacheCalibration:
         """Of the step caches: `calibration`, or the file beside the weights, or that of the bundled model.

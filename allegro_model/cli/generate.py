@@ -147,7 +147,8 @@ def _given_frames(job: Job, given: Given, pipeline: AllegroPipeline) -> GivenFra
 def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> SampleState:
     """Runs the steps; those of a run that is stopped, or fails, are kept."""
     s, pipeline, args = plan.settings, plan.pipeline, job.args
-    kernel = pipeline.kernel(s)
+    kernel = pipeline.kernel(s, state.attention)
+    state = replace(state, attention=kernel.name)
     job.report.facts["attention"] = {"name": kernel.name, "seconds": kernel.seconds}
     job.console.say(
         f"{' + '.join([transformer_name(job) or model_name(job), *_loras(plan)])}: {s.num_frames} frames of "
@@ -184,7 +185,7 @@ def _foretell(job: Job, plan: Plan, state: SampleState) -> None:
         return
     networks = Networks(pipeline.root.name, pipeline.dit_config, pipeline.vae_config, {}, pipeline.defaults,
                         calibration=BUNDLED if plan.settings.cache == "off" else pipeline.cache_calibration())
-    machine = Machine(pipeline.device, pipeline.dit_dtype, pipeline.kernel(plan.settings).run, pipeline.tiling)
+    machine = Machine(pipeline.device, pipeline.dit_dtype, pipeline.kernel(plan.settings, state.attention).run, pipeline.tiling)
     found = foretell(networks, plan.settings, machine, stop - state.step)
     if found is not None:
         job.console.say(f"About {roughly(found[0])} for {stop - state.step} steps, then about {roughly(found[1])} of decoding.")

@@ -37,6 +37,7 @@ _TEXT_TOKENS = 128  # of a usual prompt; they hardly count
 # The model, its type, device, attention and step cache.
 Pace = tuple[DiTConfig, str, str, str, str]
 _WORTH_SAYING = 10  # seconds; below that nobody reads the estimate in time
+_MOST_PACES = 32
 
 # Seconds per operation of the last run of each model and way to run it. Numbers only: what a run is told must outlast nodes.
 _speeds: dict[Pace, float] = {}
@@ -158,7 +159,7 @@ class _Watch:
             if step == 1 and each * (total - 2) > _WORTH_SAYING:
                 logger.info("Allegro sampling: about %s left", _duration(each * (total - 2)))
             if self.pace is not None:
-                _speeds[self.pace] = each / self.operations
+                _remember(self.pace, each / self.operations)
         self.preview(step, denoised, x, total)
 
 
@@ -234,6 +235,14 @@ def _pace(model: Any, config: Any) -> Pace:
 def _step_operations(config: Any, shape: LatentShape, batch: int, settings: RunSettings) -> int:
     """Of a step at which nothing is left out."""
     return batch * (1 if settings.cfg == 1.0 else 2) * dit_flops(config, shape, _TEXT_TOKENS).total
+
+
+def _remember(pace: Pace, speed: float) -> None:
+    """Keeps the speeds of the last models and ways to run them."""
+    _speeds.pop(pace, None)
+    _speeds[pace] = speed
+    if len(_speeds) > _MOST_PACES:
+        del _speeds[next(iter(_speeds))]
 
 
 def _foretell(pace: Pace, operations: int, steps: int) -> None:

@@ -87,6 +87,16 @@ def test_a_run_saved_half_way_and_resumed_equals_one_run(tiny, prompts, sampler,
     assert torch.equal(tiny.raw_latents(tiny.sample(prompts, state)), whole)
 
 
+def test_a_resumed_run_keeps_its_attention(tiny, prompts, tmp_path):
+    """Which is measured, so that another might be chosen, and exact ones differ by rounding."""
+    half = tiny.sample(prompts, tiny.start(tiny.settings(**SMALL)), stop=1)
+    assert half.attention == "sdpa"
+    for name, expected in (("sdpa-math", "sdpa-math"), ("of another version", "sdpa")):
+        (tmp_path / "half.safetensors").write_bytes(pack_state(replace(half, attention=name), {}))
+        state, _ = read_state(tmp_path / "half.safetensors")
+        assert tiny.sample(prompts, state, stop=2).attention == expected
+
+
 def test_a_resumed_run_begins_with_an_empty_cache(tiny, prompts, monkeypatch):
     """It computes its first step whatever the steps before it computed, and nothing of them is used."""
     half = tiny.sample(prompts, tiny.start(tiny.settings(**{**SMALL, "num_steps": 20}, cache="draft")), stop=18)

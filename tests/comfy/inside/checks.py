@@ -440,6 +440,10 @@ def check_a_second_run_is_foretold_from_the_first(h: Host) -> None:
     assert counts == [0, 1], told
     (seconds,) = sampling._speeds.values()
     assert 0 < seconds < 1e-6
+    for number in range(100):
+        sampling._remember((number % 50,), float(number))
+    assert list(sampling._speeds.values()) == [float(number) for number in range(68, 100)]
+    sampling._speeds.clear()
 
 
 def check_impossible_sizes_are_refused_before_allocation(h: Host) -> None:
