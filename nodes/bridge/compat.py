@@ -43,6 +43,16 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
     """Of a model with packed matrices, which live in our own layers: those cannot be streamed by dynamic memory."""
 
     def add_patches(self, patches: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `_check_patches`, which raises."""
+        self._check_patches(patches)
+        return super().add_patches(patches, *args, **kwargs)
+
+    def add_hook_patches(self, hook: Any, patches: Any, *args: Any, **kwargs: Any) -> Any:
+        """The patches of ComfyUI's hook nodes, likewise."""
+        self._check_patches(patches)
+        return super().add_hook_patches(hook, patches, *args, **kwargs)
+
+    def _check_patches(self, patches: Any) -> None:
         """ComfyUI would add numbers to the bytes.
 
         Raises:
@@ -53,7 +63,6 @@ class PackedPatcher(comfy.model_patcher.ModelPatcher):
         if wrong:
             raise UnsupportedCheckpoint(f"the matrices of this model are packed (int8 or GGUF), and ComfyUI cannot change them: "
                                         f"{shorten(sorted(wrong))}. Use Load Allegro LoRA for LoRAs, or a bf16 or fp8 file.")
-        return super().add_patches(patches, *args, **kwargs)
 
 
 def is_dynamic(patcher: Any) -> bool:

@@ -93,6 +93,11 @@ def check_packed_transformers_say_what_does_not_fit_them(h: Host) -> None:
     theirs = h.core.NODE_CLASS_MAPPINGS["LoraLoaderModelOnly"]
     raises("UnsupportedCheckpoint", "Use Load Allegro LoRA",
            lambda: call(theirs, model=dit, lora_name="plain_names.safetensors", strength_model=0.7))
+    create, attach = (h.extra("nodes_hooks", name) for name in ("CreateHookLoraModelOnly", "ConditioningSetProperties"))
+    hooks = call(create, lora_name="plain_names.safetensors", strength_model=0.7)
+    hooked = call(attach, cond_NEW=prompts(h)[0], strength=1.0, set_cond_area="default", hooks=hooks)
+    assert relative(sample(h, positive=hooked), sample(h)) > 1e-4, "the hook does nothing"
+    raises("UnsupportedCheckpoint", "Use Load Allegro LoRA", lambda: sample(h, dit, positive=hooked))
 
 
 def check_packed_transformers_fit_a_small_device(h: Host) -> None:
