@@ -25,15 +25,18 @@ SIZES = [(1280, 720, 88), (640, 368, 40), (96, 64, 24), (720, 1280, 4), (16, 16,
 
 def run(expression: str, **values: Any) -> Any:
     """An expression of the script's functions, computed by node."""
+    code = SCRIPT.read_text(encoding="utf-8").replace("export function", "function")
+    names = "".join(f"const {name} = {json.dumps(value)}\n" for name, value in values.items())
+    return json.loads(by_node(f"{code}\n{names}\nconsole.log(JSON.stringify({expression}))"))
+
+
+def by_node(code: str) -> str:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-    code = SCRIPT.read_text(encoding="utf-8").replace("export function", "function")
-    names = "".join(f"const {name} = {json.dumps(value)}\n" for name, value in values.items())
-    done = subprocess.run([node, "-"], input=f"{code}\n{names}\nconsole.log(JSON.stringify({expression}))",
-                          capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([node, "-"], input=code, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
 def models() -> list[tuple[str, DiTConfig, int]]:
@@ -116,3 +119,15 @@ def test_every_text_is_there_in_both_languages() -> None:
         assert set(found) == set(used)
         for name in used:
             assert sorted(re.findall(r"\{\w+\}", found[name])) == sorted(re.findall(r"\{\w+\}", texts[0][name])), name
+
+
+@pytest.mark.parametrize("answer", ["Promise.reject(new Error('away'))", "Promise.resolve({ json: () => ({}) })"])
+def test_a_server_that_does_not_answer_costs_the_time_only(answer: str) -> None:
+    """Node ends with an error when a rejection is handled by nobody."""
+    code = re.sub(r"^import .*$", "", (ROOT / "web" / "js" / "sizes.js").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    before = (f"const heard = {{}}, app = {{ registerExtension() {{}} }}, stopwatch = () => () => 1\n"
+              f"const api = {{ addEventListener: (name, listener) => {{ heard[name] = listener }}, fetchApi: () => {answer} }}\n")
+    run_it = """watchRuns(() => true, () => ({}))
+        heard.execution_start({ detail: { prompt_id: "a" } })
+        setTimeout(() => { heard.progress({ detail: { node: "1", value: 2, max: 2 } }); console.log("went on") }, 10)"""
+    assert by_node(before + code + run_it) == "went on\n"

@@ -171,8 +171,12 @@ function watchRuns(isSize, modelOf) {
   api.addEventListener("execution_start", async ({ detail }) => {
     prompt = undefined;
     watches = new Map();
-    const queue = await (await api.fetchApi("/queue")).json();
-    prompt = queue.queue_running.find(([, id]) => id === detail.prompt_id)?.[2];
+    try {
+      const queue = await (await api.fetchApi("/queue")).json();
+      prompt = queue.queue_running.find(([, id]) => id === detail.prompt_id)?.[2];
+    } catch {
+      // the server is away, or answers something else: nothing is learned from this run
+    }
   });
   api.addEventListener("progress", ({ detail: { node, value, max } }) => {
     if (!watches) {
