@@ -363,6 +363,10 @@ class AllegroPipeline:
         with Streamed(network, layers, self.device, dtype):
             yield
 
+    def streams(self, settings: SampleSettings) -> bool:
+        """Whether the transformer is not moved to the device for a run, and its layers come there one by one."""
+        return self._must_stream(self._load_dit(), self.dit_dtype, self.sampling_bytes(settings))
+
     def _must_stream(self, network: nn.Module, dtype: torch.dtype, working: int) -> bool:
         if self.offload != "auto":
             return self.offload == "stream"
@@ -460,7 +464,7 @@ class AllegroPipeline:
     def _dit_bytes(self, settings: SampleSettings) -> int:
         """What the transformer will take of the device's memory: nothing if it is there already."""
         dit = self._load_dit()
-        if self._must_stream(dit, self.dit_dtype, self.sampling_bytes(settings)):
+        if self.streams(settings):
             return streamed_bytes(dit, layers_of_dit(dit), self.dit_dtype)
         return whole_bytes(dit, self.device, self.dit_dtype)
 
@@ -617,10 +621,9 @@ class AllegroPipeline:
     @contextmanager
     def _running_dit(self, settings: SampleSettings) -> Iterator[AllegroDiT]:
         """The transformer, which can run for as long as this lasts."""
-        working = self.sampling_bytes(settings)
-        if self.device.type != "cpu" and self._must_stream(self._load_dit(), self.dit_dtype, working):
+        if self.device.type != "cpu" and self.streams(settings):
             self._dit = None  # an earlier, smaller run may have left it on the device
-        dit = self._load_dit()
+        dit, working = self._load_dit(), self.sampling_bytes(settings)
         with ExitStack() as stack:
             stack.enter_context(self._running(dit, list(layers_of_dit(dit)), self.dit_dtype, working))
             if self.compiled is not None:

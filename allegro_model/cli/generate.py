@@ -179,16 +179,18 @@ def _sample(job: Job, plan: Plan, prompts: PromptEmbeds, state: SampleState) -> 
 
 
 def _foretell(job: Job, plan: Plan, state: SampleState) -> None:
-    """Says before the first step how long a long run takes; not of weights that are streamed, whose way is not timed."""
+    """Says before the first step how long a long run takes; the way of weights that are streamed is not timed."""
     pipeline, stop = plan.pipeline, plan.settings.num_steps if plan.stop is None else plan.stop
-    if job.console.quiet or pipeline.offload == "stream":
+    if job.console.quiet:
         return
     networks = Networks(pipeline.root.name, pipeline.dit_config, pipeline.vae_config, {}, pipeline.defaults,
                         calibration=BUNDLED if plan.settings.cache == "off" else pipeline.cache_calibration())
     machine = Machine(pipeline.device, pipeline.dit_dtype, pipeline.kernel(plan.settings, state.attention).run, pipeline.tiling)
     found = foretell(networks, plan.settings, machine, stop - state.step)
     if found is not None:
-        job.console.say(f"About {roughly(found[0])} for {stop - state.step} steps, then about {roughly(found[1])} of decoding.")
+        travels = pipeline.device.type != "cpu" and pipeline.streams(plan.settings)
+        longer = " (longer if it has to wait for the weights, which are streamed)" if travels else ""
+        job.console.say(f"About {roughly(found[0])} for {stop - state.step} steps{longer}, then about {roughly(found[1])} of decoding.")
 
 
 def _cache_name(level: str) -> str:

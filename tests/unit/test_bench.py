@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -283,6 +284,19 @@ def test_generate_says_it_before_the_first_step(allegro: Run, monkeypatch: pytes
     monkeypatch.setattr(generating, "foretell", lambda networks, settings, machine, steps: (360.0 * steps, 61.0))
     _, _, err = allegro(*words)
     assert "About 12 min for 2 steps, then about 61 s of decoding.\nSampling ..." in err
+
+
+@pytest.mark.parametrize(("device", "streamed", "said"), [("cuda", True, "2 steps (longer if it has to wait for the weights, "),
+                                                          ("cuda", False, "2 steps, then"), ("cpu", True, "2 steps, then")])
+def test_generate_says_that_streamed_weights_may_take_longer(monkeypatch: pytest.MonkeyPatch, device: str, streamed: bool, said: str) -> None:
+    monkeypatch.setattr(generating, "foretell", lambda networks, settings, machine, steps: (360.0 * steps, 61.0))
+    pipeline = SimpleNamespace(root=Path("x"), dit_config=None, vae_config=None, defaults=None, device=torch.device(device), dit_dtype=None,
+                               tiling=None, kernel=lambda *_: SimpleNamespace(run=None), streams=lambda _: streamed)
+    plan = SimpleNamespace(pipeline=pipeline, settings=SimpleNamespace(num_steps=2, cache="off"), stop=None)
+    lines: list[str] = []
+    job = SimpleNamespace(console=SimpleNamespace(quiet=False, say=lines.append))
+    generating._foretell(job, plan, SimpleNamespace(step=0, attention=""))  # type: ignore[arg-type]
+    assert said in lines[0]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [
