@@ -188,6 +188,26 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = add_command(commands, "generate", "make a video from a prompt", _GENERATE)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the video shows")
     _add_clip(parser)
+    _add_drawing(parser)
+    _add_given(parser)
+    _add_size_and_quality(parser)
+    group = parser.add_argument_group("long runs")
+    group.add_argument("--save-latents", metavar="FILE",
+                       help="save the latents before decoding (.safetensors)")
+    group.add_argument("--stop-at-step", type=int, metavar="K",
+                       help="stop after step K and save the run to --save-latents")
+    group.add_argument("--resume", metavar="FILE", help="go on with a saved run; takes no PROMPT or settings")
+    group = parser.add_argument_group("smoother motion")
+    group.add_argument("--interpolate", type=int, metavar="N",
+                       help="so many frames for each, 2 to 64, at N times the rate; see allegro interpolate")
+    group.add_argument("--interpolator", metavar="FILE",
+                       help="the model for it (.safetensors); default tiny-vfi, the bundled small one")
+    _add_model(parser, generate=True)
+    _add_tiles(parser)
+    add_report(parser)
+
+
+def _add_drawing(parser: Parser) -> None:
     group = parser.add_argument_group("what to draw")
     group.add_argument("--storyboard", metavar="FILE",
                        help="in place of PROMPT: a text file with one prompt per line; each goes on from the clip before it, all "
@@ -206,7 +226,9 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
                        help="start from a video, or from latents made by encode")
     group.add_argument("--denoise", type=float, metavar="X",
                        help="share of --init-video that is drawn anew, above 0 to 1 (default 0.6)")
-    _add_given(parser)
+
+
+def _add_size_and_quality(parser: Parser) -> None:
     group = parser.add_argument_group("size and quality; default: what the model was made for")
     group.add_argument("--frames", type=int, metavar="N", help="a multiple of 4")
     group.add_argument("--width", type=int, metavar="N", help="pixels, a multiple of 16")
@@ -220,20 +242,6 @@ def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
                        help="leave out evaluations whose result would hardly differ: safe, fast or draft, each faster and "
                             "further from the exact video; broadcast is the published attention broadcast, which needs much "
                             "memory (default off)")
-    group = parser.add_argument_group("long runs")
-    group.add_argument("--save-latents", metavar="FILE",
-                       help="save the latents before decoding (.safetensors)")
-    group.add_argument("--stop-at-step", type=int, metavar="K",
-                       help="stop after step K and save the run to --save-latents")
-    group.add_argument("--resume", metavar="FILE", help="go on with a saved run; takes no PROMPT or settings")
-    group = parser.add_argument_group("smoother motion")
-    group.add_argument("--interpolate", type=int, metavar="N",
-                       help="so many frames for each, 2 to 64, at N times the rate; see allegro interpolate")
-    group.add_argument("--interpolator", metavar="FILE",
-                       help="the model for it (.safetensors); default tiny-vfi, the bundled small one")
-    _add_model(parser, generate=True)
-    _add_tiles(parser)
-    add_report(parser)
 
 
 def _add_given(parser: Parser) -> None:
@@ -377,7 +385,7 @@ def _add_model(parser: Parser, *, generate: bool = False) -> None:
                            help="of the transformer (default auto: bf16 for large models on a GPU)")
         group.add_argument("--attention", default="auto", choices=ATTENTIONS,
                            help="kernel of the transformer's attention (default auto: the fastest exact one, measured before the "
-                                "first step); sage is approximate; one that cannot be used here is replaced by sdpa")
+                                "first step; a resumed run keeps its own); sage is approximate; one that cannot be used here is replaced by sdpa")
         group.add_argument("--offload", default="auto", choices=OFFLOADS,
                            help="where the weights are: none, on the device; stream, in main memory, and each layer comes to the "
                                 "device when it is called: less memory, the same video (default auto: stream where they do not fit)")

@@ -106,15 +106,7 @@ def make_plan(job: Job) -> Plan:
     check_report_output(job)
     state, saved = read_state(args.resume) if args.resume else (None, {})
     loras = describe_loras(job)
-    if state is not None:
-        check_loras_of(args.resume, saved, loras)
-    pipeline = open_model(job)
-    if state is not None:
-        check_model_of(job, pipeline, args.resume, saved, transformer=True)
-    clip = None if state is not None else giving.open_clip(job, pipeline)
-    pipeline.check_given(clip or giving.wanted(args))
-    if loras:
-        _ = pipeline.dit_config  # merges them: what is wrong with one must not wait until the prompt is read
+    pipeline, clip = _open(job, saved, loras)
     text = _text(job, pipeline, saved)
     if state is not None:
         _check_kind(job, pipeline, state, saved)
@@ -128,18 +120,38 @@ def make_plan(job: Job) -> Plan:
     open_source(pipeline.root, "t5-encoder", subfolder="text_encoder")
     _ = pipeline.vae_config  # it is needed last: what is wrong with it must not wait until the steps are done
     fps = choose_fps(args.fps, saved, pipeline)
-    num_frames = settings.num_frames if given is None else given.num_frames
-    if output is not None:
-        check_clip_space(output, settings.width, settings.height, num_frames)
-    if latents is not None:
-        check_latents_space(latents, settings.width, settings.height, max(num_frames, settings.num_frames))
     # Of a resumed run, what was given when it began.
     about_given = saved.get("given") if state is not None else given.metadata if given is not None else None
     optional = {"transformer": transformer_name(job), "loras": loras, "given": about_given,
                 "storyboard": saved.get("storyboard") if state is not None else args.prompts}
     metadata = {**asdict(text), **describe_model(job, pipeline), "fps": fps, "settings": settings.to_dict(),
                 **{name: value for name, value in optional.items() if value}, **base_metadata()}
-    return Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, given, metadata)
+    plan = Plan(pipeline, settings, text, fps, output, latents, args.stop_at_step, state, start, given, metadata)
+    _check_space(plan)
+    return plan
+
+
+def _open(job: Job, saved: Mapping[str, Any], loras: list[dict[str, Any]]) -> tuple[AllegroPipeline, GivenClip | None]:
+    """The model, checked against the run that is resumed, and the clip that a new run goes on from."""
+    args = job.args
+    if args.resume:
+        check_loras_of(args.resume, saved, loras)
+    pipeline = open_model(job)
+    if args.resume:
+        check_model_of(job, pipeline, args.resume, saved, transformer=True)
+    clip = None if args.resume else giving.open_clip(job, pipeline)
+    pipeline.check_given(clip or giving.wanted(args))
+    if loras:
+        _ = pipeline.dit_config  # merges them: what is wrong with one must not wait until the prompt is read
+    return pipeline, clip
+
+
+def _check_space(plan: Plan) -> None:
+    s = plan.settings
+    if plan.output is not None:
+        check_clip_space(plan.output, s.width, s.height, plan.num_frames)
+    if plan.latents is not None:
+        check_latents_space(plan.latents, s.width, s.height, max(plan.num_frames, s.num_frames))
 
 
 def _check_options(job: Job) -> None:

@@ -67,7 +67,7 @@ def add_estimate(commands: argparse._SubParsersAction[Parser]) -> None:
     group.add_argument("--interpolator", metavar="FILE", help="the model for it; default tiny-vfi, the bundled small one")
     group = _add_machine(parser)
     group.add_argument("--attention", default="auto", choices=ATTENTIONS,
-                       help="kernel of the transformer's attention (default auto: the fastest exact one; a resumed run keeps its own)")
+                       help="kernel of the transformer's attention (default auto: the fastest exact one)")
     parser.add_argument("--force", action="store_true", help="replace an existing report")
     add_report(parser)
 
