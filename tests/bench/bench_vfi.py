@@ -32,8 +32,8 @@ from parity.cases import formula  # noqa: E402 (after the path)
 
 from allegro_model.config import VFI_PRESETS  # noqa: E402
 from allegro_model.vfi import EMAVFI, EMAInterpolator, FrameTimes, interpolate_clip  # noqa: E402
-from allegro_model.vfi.emavfi import blocks, layers, model, refine, warp, windows  # noqa: E402
 from allegro_model.vfi.emavfi import flow as heads  # noqa: E402
+from allegro_model.vfi.emavfi import layers, model, refine, tables, warp  # noqa: E402
 
 FRAMES = 5
 SIZES = ((448, 256), (640, 384))
@@ -91,9 +91,7 @@ def as_written() -> Iterator[None]:
     with (patch.object(layers.PReLU, "forward", prelu), patch.object(layers.TokenLinear, "forward", nn.Linear.forward),
           patch.object(model, "network_layout", Tensor.contiguous), patch.object(refine, "join", join),
           patch.object(heads, "join", join), patch.object(warp, "warping", warp._grid_sample),
-          patch.object(warp, "identity_grid", warp.identity_grid.__wrapped__),
-          patch.object(blocks, "window_mask", windows.window_mask.__wrapped__),
-          patch.object(blocks, "window_positions", windows.window_positions.__wrapped__)):
+          patch.object(tables.Tables, "__call__", lambda self, make, *key: make(*key))):
         yield
 
 

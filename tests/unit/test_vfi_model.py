@@ -1,5 +1,6 @@
 """EMA-VFI: what sizes, batches, caches and precision must not change."""
 
+import copy
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from allegro_model.errors import GeometryError, InterpolationError, UnsupportedC
 from allegro_model.ops import cast_like
 from allegro_model.vfi import EMAVFI
 from allegro_model.vfi.emavfi.layers import PReLU, TokenLinear
+from allegro_model.vfi.emavfi.tables import Tables
 from allegro_model.vfi.emavfi.warp import identity_grid, warp
 from allegro_model.vfi.emavfi.windows import crop_from_windows, pad_to_windows, window_mask, window_positions
 
@@ -60,11 +62,31 @@ def test_masks_equal_brute_force(size, shift):
 
 
 def test_masks_of_transposed_maps_differ_in_any_order():
-    for _ in range(2):
-        window_mask.cache_clear()
-        masks = [window_mask(h, w, 7, 3, torch.device("cpu")) for h, w in ((8, 12), (12, 8))]
+    tables = Tables()
+    for sizes in (((8, 12), (12, 8)), ((12, 8), (8, 12))):
+        masks = [tables(window_mask, *size, 7, 3, torch.device("cpu")) for size in sizes]
         assert not torch.equal(*masks)
-        assert masks[0] is window_mask(8, 12, 7, 3, torch.device("cpu"))
+        assert masks[0] is tables(window_mask, *sizes[0], 7, 3, torch.device("cpu"))
+
+
+def test_tables_are_kept_as_long_as_they_are_used_and_leave_with_the_network():
+    """A device that another program wants is not half full of them."""
+    model, (a, b) = tiny_vfi(), pair()
+    model.requires_grad_(True)  # the way to warp that needs a grid
+    model(a, b)
+    made = list(model.tables._kept.values())
+    assert len(made) == 8 + 5  # masks and positions of two stages with and without shift; grids of five levels
+    model(a, b)
+    assert all(x is y for x, y in zip(made, model.tables._kept.values(), strict=True))
+    assert not copy.deepcopy(model).tables._kept
+    for width in range(40):
+        model.tables(identity_grid, 4, width, a.device)
+    assert len(model.tables._kept) == 22
+    kept = [weakref.ref(x) for x in made if isinstance(x, torch.Tensor)]
+    del made
+    model.float()
+    assert not model.tables._kept
+    assert all(reference() is None for reference in kept)
 
 
 @pytest.mark.parametrize("shift", [0, 3])
@@ -84,9 +106,6 @@ def test_positions_run_from_minus_one_to_one():
 
 
 def test_tables_made_without_gradients_serve_a_run_with_them():
-    window_mask.cache_clear()
-    window_positions.cache_clear()
-    identity_grid.cache_clear()
     model = tiny_vfi()
     a, b = pair()
     with torch.inference_mode():
@@ -157,8 +176,6 @@ def test_transposed_shapes_do_not_disturb_each_other():
     results = []
     for order in ((wide, tall), (tall, wide)):
         model = tiny_vfi()
-        for table in (window_mask, window_positions, identity_grid):
-            table.cache_clear()
         by_shape = {tuple(a.shape): model(a, b) for a, b in order}
         results.append([by_shape[tuple(a.shape)] for a, _ in (wide, tall)])
     for first, second in zip(*results, strict=True):

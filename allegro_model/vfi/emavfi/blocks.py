@@ -101,7 +101,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, motion_width: int, window: int, shift: int, layers: Layers) -> None:
         super().__init__()
-        self.window, self.shift = window, shift
+        self.window, self.shift, self.tables = window, shift, layers.tables
         self.norm1 = layers.norm(width, BLOCK_EPS)
         self.attn = InterFrameAttention(width, motion_width, layers)
         self.norm2 = layers.norm(width, BLOCK_EPS)
@@ -116,11 +116,12 @@ class Block(nn.Module):
             tokens [2B, h, w, C] and motion [2B, h, w, M].
         """
         size, window, shift = (x.shape[1], x.shape[2]), self.window, self.shift
+        key = (*size, window, shift, x.device)
         n = self.norm1(pad_to_windows(x, window, shift))  # [2B, Hp, Wp, C]; padding becomes the norm's bias
         other = self.attn.kv(n).roll(n.shape[0] // 2, dims=0)  # the other frame's
         appearance, motion = self.attn(
             to_windows(self.attn.q(n), window), to_windows(other, window),
-            window_positions(*size, window, shift, x.device), window_mask(*size, window, shift, x.device))
+            self.tables(window_positions, *key), self.tables(window_mask, *key))
         y = n + self._from_windows(appearance, n)  # [2B, Hp, Wp, C]
         y = crop_from_windows(y, size, window, shift)  # [2B, h, w, C]
         motion = crop_from_windows(self._from_windows(motion, n), size, window, shift)

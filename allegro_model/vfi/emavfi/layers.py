@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import CastParam, cast_like
+from .tables import Tables
 
 # Numbers a CPU works on at once, in bfloat16. With fewer channels than that PyTorch takes them one by one, up to thirty
 # times slower, unless a whole row of a picture passes for its channels.
@@ -68,11 +69,13 @@ class Layers:
         operations: namespace of layer classes.
         cast_param: brings bare parameters to an activation's dtype and device.
         kwargs: device and dtype of the weights.
+        tables: of the network.
     """
 
     operations: Any = nn
     cast_param: CastParam = cast_like
     kwargs: dict[str, Any] = field(default_factory=dict)
+    tables: Tables = field(default_factory=Tables)
 
     def conv(self, in_channels: int, channels: int, *, kernel: int = 3, stride: int = 1, dilation: int = 1,
              groups: int = 1) -> nn.Module:

@@ -7,7 +7,7 @@ MCG-NJU/EMA-VFI, arXiv 2303.00440.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ class EMAVFI(nn.Module):
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         layers = Layers(operations, cast_param, {"device": device, "dtype": dtype})
-        self.config = config
+        self.config, self.tables = config, layers.tables
         hidden = config.channels(3)
         self.feature_bone = Backbone(config, layers)
         # motion and appearance of both frames; (I0, I1), then (I0, I1, both warped, mask) and the flow so far
@@ -115,6 +115,11 @@ class EMAVFI(nn.Module):
         """Type of the weights, in which the network computes."""
         weight: Tensor = self.unet.conv.weight  # type: ignore[assignment]
         return weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMAVFI:
+        """Tables do not stay on a device that the weights leave."""
+        self.tables.clear()
+        return super()._apply(fn, recurse)
 
     def memory_used_forward(self, images_shape: Sequence[int], dtype: torch.dtype) -> int:
         """Bytes that one pair needs at its peak, beside the weights.
@@ -284,7 +289,7 @@ class EMAVFI(nn.Module):
             if found is None:
                 found = head(features, torch.cat((img0, img1), dim=1))
                 continue
-            warped = warp(torch.cat((img0, img1)), split_flow(found.flow)).chunk(2)
+            warped = warp(torch.cat((img0, img1)), split_flow(found.flow), self.tables).chunk(2)
             more = head(features, torch.cat((img0, img1, *warped, found.mask), dim=1), found.flow)
             found = Flow(found.flow + more.flow, found.mask + more.mask)
         assert found is not None
@@ -299,7 +304,7 @@ class EMAVFI(nn.Module):
             found: of `estimate`.
         """
         flow, mask = found
-        warped = warp_pyramid((torch.cat((img0, img1)), *pair.appearance), flow)
+        warped = warp_pyramid((torch.cat((img0, img1)), *pair.appearance), flow, self.tables)
         (warped0, warped1), *maps = (x.chunk(2) for x in warped)
         detail = self.unet((img0, img1, warped0, warped1, mask, flow),
                            [first for first, _ in maps], [second for _, second in maps]).float()

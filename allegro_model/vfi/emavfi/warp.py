@@ -7,43 +7,44 @@ pixel; shimmering details are what that looks like.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .tables import Tables
+
 Warp = Callable[[Tensor], Tensor]
 
 
-def warping(flow: Tensor) -> Warp:
+def warping(flow: Tensor, tables: Tables) -> Warp:
     """What samples pictures at pixel position + flow, bilinear; beyond the border the border is repeated.
 
     Args:
         flow: [B, 2, H, W] float32: x and y, pixels.
+        tables: keeps the grid.
     Returns:
         a function from [B, C, H, W] to [B, C, H, W] float32.
     """
     # grid_sample reads one channel after the other; without gradients a CPU is 2 to 8 times faster at whole pixels.
-    return _weighted_rows(flow) if flow.device.type == "cpu" and not torch.is_grad_enabled() else _grid_sample(flow)
+    return _weighted_rows(flow) if flow.device.type == "cpu" and not torch.is_grad_enabled() else _grid_sample(flow, tables)
 
 
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """`warping(flow)` of one image."""
-    return warping(flow)(image)
+def warp(image: Tensor, flow: Tensor, tables: Tables | None = None) -> Tensor:
+    """`warping(flow, tables)` of one image; by default no grid is kept."""
+    return warping(flow, tables or Tables())(image)
 
 
-@lru_cache(maxsize=8)
 def identity_grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The grid of `grid_sample` that changes nothing, [1, H, W, 2], and what one pixel measures in it, [2]."""
-    with torch.inference_mode(False):  # the cached tables must also serve a run that records gradients
+    with torch.inference_mode(False):  # tables that are kept must also serve a run that records gradients
         x, y = torch.linspace(-1, 1, width, device=device), torch.linspace(-1, 1, height, device=device)
         grid = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1)
         return grid[None], torch.tensor((2 / max(width - 1, 1), 2 / max(height - 1, 1)), device=device)
 
 
-def _grid_sample(flow: Tensor) -> Warp:
-    grid, pixel = identity_grid(flow.shape[2], flow.shape[3], flow.device)
+def _grid_sample(flow: Tensor, tables: Tables) -> Warp:
+    grid, pixel = tables(identity_grid, flow.shape[2], flow.shape[3], flow.device)
     # Clamped positions and zeros beyond are the same as border padding, which not every device has.
     where = torch.addcmul(grid, flow.permute(0, 2, 3, 1), pixel).clamp(-1, 1)
     return lambda image: F.grid_sample(image.float(), where, mode="bilinear", padding_mode="zeros", align_corners=True)
@@ -81,20 +82,21 @@ def split_flow(flow: Tensor) -> Tensor:
     return torch.cat((flow[:, :2], flow[:, 2:]))
 
 
-def warp_pyramid(maps: Sequence[Tensor], flow: Tensor) -> list[Tensor]:
+def warp_pyramid(maps: Sequence[Tensor], flow: Tensor, tables: Tables | None = None) -> list[Tensor]:
     """Warps maps of both frames, each of the size of the one before or half of it.
 
     Args:
         maps: [2B, C, H, W] and so on, the first half belongs to the first frames.
         flow: [B, 4, H, W] at the size of the first map.
+        tables: as in `warp`.
     Returns:
         [2B, C, H, W] and so on, in the maps' type.
     """
-    both = split_flow(flow)
-    sample, warped = warping(both), []
+    both, tables = split_flow(flow), tables or Tables()
+    sample, warped = warping(both, tables), []
     for x in maps:
         if x.shape[2] != both.shape[2]:
             both = F.interpolate(both, scale_factor=0.5, mode="bilinear") * 0.5
-            sample = warping(both)
+            sample = warping(both, tables)
         warped.append(sample(x).to(x.dtype))
     return warped

@@ -1,16 +1,14 @@
-"""Attention windows: padding a map to whole windows, masks, positions. Pure functions of sizes; tables are cached.
+"""Attention windows: padding a map to whole windows, masks, positions. Pure functions of sizes.
 
 A map of h x w cells is padded with zeros, centred, to multiples of the window. Every second block shifts the
 windows by half their size, as a roll of the padded map. Cells that only padding or rolling brought together must
 not attend to each other: the masks add -100 to their logits, what the released weights were trained with.
 
-Tables depend on (height, width, window, shift, device), all of which are the cache's key: the area alone, the
-reference's key, gives transposed maps each other's masks.
+Tables depend on (height, width, window, shift, device), all of which must be the key of who keeps them: the area alone,
+the reference's key, gives transposed maps each other's masks.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +17,6 @@ from torch import Tensor
 from ...geometry import centred_padding
 
 MASKED = -100.0
-# Two stages with and without shift, at full size and at a flow scale.
-_KEPT = 8
 
 
 def pad_to_windows(x: Tensor, window: int, shift: int) -> Tensor:
@@ -46,7 +42,6 @@ def to_windows(x: Tensor, window: int) -> Tensor:
     return x.transpose(2, 3).reshape(-1, window * window, C)
 
 
-@lru_cache(maxsize=_KEPT)
 def window_mask(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor | None:
     """What is added to the logits of every window, None when nothing is.
 
@@ -68,7 +63,7 @@ def window_mask(height: int, width: int, window: int, shift: int, device: torch.
                               _bands(columns, columns - window, columns - shift)))
     if not labels:
         return None
-    with torch.inference_mode(False):  # the cached mask must also serve a run that records gradients
+    with torch.inference_mode(False):  # a mask that is kept must also serve a run that records gradients
         apart = torch.zeros(())
         for cells in labels:
             inside = to_windows(cells[None, ..., None], window).squeeze(-1)  # [windows, N]
@@ -87,7 +82,6 @@ def _labels(rows: Tensor, columns: Tensor) -> Tensor:
     return 3 * rows[:, None] + columns
 
 
-@lru_cache(maxsize=_KEPT)
 def window_positions(height: int, width: int, window: int, shift: int, device: torch.device) -> Tensor:
     """Position of every cell in its windows, [windows, N, 2] float32: x, then y, from -1 to 1; padding is at (0, 0)."""
     with torch.inference_mode(False):
