@@ -83,10 +83,10 @@ def test_no_page_or_picture_is_left_over() -> None:
 
 
 def test_pages_in_both_languages_have_the_same_parts() -> None:
-    """Headings and table rows in the same number, and the same names in code: nothing was forgotten in a translation."""
+    """Headings, paragraphs, table rows, points and lines of code in the same number: nothing was forgotten in a translation."""
     for node_id in node_ids():
         english, chinese = (page_of(node_id, language) for language in LANGUAGES)
-        for pattern in (r"^#+ ", r"^\|", r"^- ", r"^    \S"):
+        for pattern in (r"^#+ ", r"^$", r"^\|", r"^- ", r"^    \S"):
             counts = [len(re.findall(pattern, page, re.MULTILINE)) for page in (english, chinese)]
             assert counts[0] == counts[1], f"{node_id}, {pattern!r}: {counts[0]} in English, {counts[1]} in Chinese"
 
