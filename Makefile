@@ -36,6 +36,7 @@ pytest: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python tests/bench/bench_core.py --write docs/benchmarks.md
+	$(BIN)/python tests/bench/bench_vae.py --write docs/benchmarks.md
 	$(BIN)/python tests/bench/bench_vfi.py --write docs/benchmarks.md
 	$(BIN)/python tests/bench/bench_scale.py --write docs/benchmarks.md
 

@@ -1,7 +1,8 @@
-"""One side of the benchmark in a process of its own: `python sides.py ours|diffusers`, driven over stdin and stdout.
+"""Both sides of the benchmark in one process: `python sides.py`, driven over stdin and stdout.
 
-Each line in is a JSON object: {"setup": task, "options": {...}}, {"run": true} or {"import": "package"|"extension"}. Each
-line out is a JSON object with the seconds, the peak of the resident memory above its value before, and a part of the result.
+Each line in is a JSON object: {"setup": task, "options": {...}, "threads": N}, {"run": side} or {"import": side, "what":
+"package"|"extension"}. Each line out is a JSON object with the seconds, the peak of the resident memory above its value before,
+and a part of the result.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DIT = {"num_layers": 2, "num_attention_heads": 24, "attention_head_dim": 96, "caption_channels": 4096,
+DIT = {"num_layers": 1, "num_attention_heads": 24, "attention_head_dim": 96, "caption_channels": 4096,
        "cross_attention_dim": 2304, "interpolation_scale_t": 2.2, "interpolation_scale_h": 2.0,
        "interpolation_scale_w": 2.0}
 TEXT_TOKENS, KEPT_TOKENS = 512, 60
@@ -226,29 +227,33 @@ def import_extension() -> None:
     assert asyncio.run(nodes())
 
 
+def prepared(message: dict[str, Any]) -> dict[str, Run]:
+    """The runs of both sides, with the same weights and inputs."""
+    import torch
+
+    torch.set_num_threads(message["threads"])
+    options = dict(message["options"])
+    if "dtype" in options:
+        options["dtype"] = getattr(torch, options["dtype"])
+    return {side: globals()[f"{side}_{message['setup']}"](**options) for side in ("ours", "diffusers")}
+
+
 def main() -> None:
-    side = sys.argv[1]
-    run: Run | None = None
+    runs: dict[str, Run] = {}
     for line in sys.stdin:
         message = json.loads(line)
         if "import" in message:
-            answer(**import_side(side, message["import"]))
+            answer(**import_side(message["import"], message["what"]))
             continue
         import torch
 
         torch.set_grad_enabled(False)
         if "setup" in message:
-            torch.set_num_threads(message["threads"])
-            options = dict(message["options"])
-            if "dtype" in options:
-                options["dtype"] = getattr(torch, options["dtype"])
-            run = globals()[f"{side}_{message['setup']}"](**options)
+            runs = prepared(message)
             answer(ready=True)
         else:
-            assert run is not None
-            result, numbers = measured(run)
+            result, numbers = measured(runs[message["run"]])
             if torch.is_tensor(result):
-                numbers["norm"] = float(result.double().pow(2).mean().sqrt())
                 numbers["sample"] = result.flatten()[:: max(1, result.numel() // 1000)].float().tolist()
             del result
             answer(**numbers)
