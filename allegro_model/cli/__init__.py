@@ -23,6 +23,7 @@ from .base import Job
 from .console import Console
 from .options import prepare, start_parser
 from .report import EXIT_BUG, EXIT_CANCELLED, EXIT_MISSING, EXIT_OK, Report, exit_code
+from .shortage import explain_shortage
 from .submit_options import add_submit
 
 __all__ = ["main"]
@@ -96,9 +97,7 @@ def _explain(job: Job, error: BaseException, code: int) -> None:
     if code == EXIT_CANCELLED:
         job.console.error(f"Cancelled during: {job.report.stage}.")
     elif is_out_of_memory(error):
-        remedy = ("--dtype bf16; a smaller video; closing other programs" if job.args.command == "interpolate" else
-                  "a smaller --tile; fewer --frames; a smaller --width and --height; closing other programs")
-        job.console.error(f"Error: memory ran out during: {job.report.stage}. Try, in this order: {remedy}.")
+        job.console.error(f"Error: {explain_shortage(job.args, job.report.stage, error)}")
     elif isinstance(error, AllegroError):
         job.console.error(f"Error: {error}")
     else:

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from snapshot import write_snapshot
 
 from allegro_model import __version__, cli, memory
-from allegro_model.cli import console
+from allegro_model.cli import console, shortage
 from allegro_model.cli.console import Console, StatusLine, duration, size
+from allegro_model.cli.parser import parse_arguments
 from allegro_model.cli.report import EXIT_CODES, exit_code
 from allegro_model.errors import NonFiniteError, OutputError
 from allegro_model.media import open_writer, read_frames, read_metadata
@@ -616,6 +617,27 @@ def test_incomplete_models(allegro: Run, model: str) -> None:
     assert files() == ["m"]
 
 
+@pytest.mark.parametrize(("command", "stage", "error", "message"), [
+    ("generate a --device cpu", "sampling", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"),
+     "memory ran out during: sampling. 2.5 GiB more were needed, 3.0 GiB are free in main memory. Try, in this order: "
+     "--offload stream; --dtype bf16; weights that `allegro convert` made smaller; fewer --frames; a smaller --width and --height; "
+     "closing other programs."),
+    ("generate a --device cpu --offload stream --dtype fp16 --resume b", "sampling", torch.OutOfMemoryError("no"),
+     "sampling. 3.0 GiB are free in main memory. Try, in this order: weights that `allegro convert` made smaller; closing"),
+    ("generate a --device cpu", "decoding", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes."),
+     "1.0 KiB more were needed, 3.0 GiB are free in main memory. Try, in this order: a smaller --tile; fewer --frames; a smaller"),
+    ("decode a --device cpu --tiles-per-batch 3", "decoding", MemoryError("Unable to allocate 1.5 MiB for an array"),
+     "1.5 MiB more were needed, 3.0 GiB are free in main memory. Try, in this order: --tiles-per-batch 1; a smaller --tile; closing"),
+    ("interpolate a --device cpu --dtype bf16", "interpolating", torch.OutOfMemoryError("no"),
+     "Try, in this order: a smaller video; closing other programs."),
+    ("convert a b --format int8", "converting", MemoryError(), "Try, in this order: closing other programs."),
+])
+def test_memory_that_ran_out(monkeypatch: pytest.MonkeyPatch, command: str, stage: str, error: BaseException, message: str) -> None:
+    """Nothing is advised that the command has no option for, or that was done already."""
+    monkeypatch.setattr(shortage, "free_bytes", lambda device: 3 * 2**30)
+    assert message in shortage.explain_shortage(parse_arguments(command.split()), stage, error)
+
+
 # What must not be lost
 
 
@@ -631,6 +653,7 @@ def test_latents_are_kept_when_decoding_fails(allegro: Run, monkeypatch: pytest.
         code, out, err = allegro("generate", PROMPT, "-o", "clip.mp4", "--json")
         assert code == expected_code
         assert json.loads(out)["latents"] == "clip.latents.safetensors"
+        assert ("memory ran out during: decoding." in err) is (code == 6)
         assert "The finished latents are in clip.latents.safetensors. Decode them with: allegro decode clip.latents" in err
         assert [f for f in files() if f not in before] == ["clip.latents.safetensors"]
         assert torch.equal(latents_of("clip.latents.safetensors"), latents_of("good.safetensors"))
