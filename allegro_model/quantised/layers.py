@@ -42,12 +42,14 @@ class QuantisedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLayer:
         """Moves everything, but never casts the scale: what was packed is not worth less precision."""
         scale = self._parameters.pop("weight_scale")
-        super()._apply(fn, recurse)
-        if scale is not None:
-            moved = fn(scale.detach())
-            moved = moved if moved.dtype == scale.dtype else scale.detach().to(moved.device)
-            scale = nn.Parameter(moved, requires_grad=False)
-        self._parameters["weight_scale"] = scale
+        try:
+            super()._apply(fn, recurse)
+            if scale is not None:
+                moved = fn(scale.detach())
+                moved = moved if moved.dtype == scale.dtype else scale.detach().to(moved.device)
+                scale = nn.Parameter(moved, requires_grad=False)
+        finally:  # memory may run out half-way, and whoever makes room tries again
+            self._parameters["weight_scale"] = scale
         return self
 
     def dense(self, dtype: torch.dtype, index: Tensor | None = None, device: torch.device | None = None) -> Tensor:
@@ -83,6 +85,7 @@ class QuantisedLinear(QuantisedLayer):
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
         self.register_buffer("down", None, persistent=False)  # [R, in], all LoRAs together
         self.register_buffer("up", None, persistent=False)  # [out, R], with their strengths
+        self._copied: tuple[Tensor, ...] | None = None  # both, and both as the input needs them
 
     def add_low_rank(self, down: Tensor, up: Tensor, factor: float) -> None:
         """Adds factor * up @ down to the matrix, without unpacking it.
@@ -102,8 +105,23 @@ class QuantisedLinear(QuantisedLayer):
         """[..., in] -> [..., out] in the dtype of `x`, and on its device, wherever a host keeps the bytes."""
         y = F.linear(x, self.dense(x.dtype, device=x.device), None if self.bias is None else self.bias.to(x))
         if self.down is not None and self.up is not None:
-            y = y + F.linear(F.linear(x, self.down.to(x)), self.up.to(x))
+            down, up = self._low_rank(self.down, self.up, x)
+            y = y + F.linear(F.linear(x, down), up)
         return y
+
+    def _low_rank(self, down: Tensor, up: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both factors on the device and in the dtype of `x`; where that takes a copy it is kept until they change or move."""
+        if (down.device, down.dtype) == (x.device, x.dtype) or torch.compiler.is_compiling():
+            return down.to(x), up.to(x)
+        kept = self._copied
+        if kept is None or kept[0] is not down or kept[1] is not up or (kept[2].device, kept[2].dtype) != (x.device, x.dtype):
+            self._copied = kept = (down, up, down.to(x), up.to(x))
+        return kept[2], kept[3]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLayer:
+        """Copies of the factors do not stay on a device that the bytes leave."""
+        self._copied = None
+        return super()._apply(fn, recurse)
 
 
 def stack_low_rank(first_down: Tensor | None, first_up: Tensor | None, down: Tensor, up: Tensor,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import DIT, tiny_dit
 from torch import Tensor
 
@@ -113,6 +114,54 @@ def test_low_ranks_add_up() -> None:
         expected = expected + factor * up @ down
     assert not torch.allclose(layer(x), before, atol=1e-4)
     assert torch.allclose(layer(x), x @ expected.T, atol=1e-6)
+
+
+def linear(rank: int = 2) -> QuantisedLinear:
+    """A layer with a LoRA."""
+    layer = QuantisedLinear(BY_NAME["int8"], 64, 8, scale_shape=(8, 1))
+    stored, scale = pack(BY_NAME["int8"], matrix(8, 64))
+    layer.load_state_dict({"weight": stored.view(torch.int8), "weight_scale": scale, "bias": torch.ones(8)})
+    layer.add_low_rank(matrix(rank, 64, 1), matrix(8, rank, 2), 1.0)
+    return layer
+
+
+def test_factors_are_copied_once_until_they_change_or_move() -> None:
+    """A host may keep the bytes elsewhere; another dtype stands for another device here."""
+    layer, x = linear(), matrix(5, 64, 3).bfloat16()
+    layer(x)
+    first = layer._copied
+    layer(x)
+    assert first is not None
+    assert layer._copied is first
+    layer.add_low_rank(matrix(3, 64, 4), matrix(8, 3, 5), 2.0)
+    assert torch.equal(layer(x), F.linear(x, layer.dense(x.dtype), layer.bias.to(x))
+                       + F.linear(F.linear(x, layer.down.to(x)), layer.up.to(x)))
+    assert layer._copied is not first
+    layer.down = layer.up = None  # as ComfyUI takes a patch off
+    assert torch.equal(layer(x), F.linear(x, layer.dense(x.dtype), layer.bias.to(x)))
+    layer.float()
+    assert layer._copied is None
+    layer(x.float())
+    assert layer._copied is None, "nothing had to be copied"
+
+
+@pytest.mark.parametrize("when", range(5))
+def test_a_move_that_fails_half_way_can_be_tried_again(when: int) -> None:
+    layer, x, moved = linear(), matrix(5, 64, 3), 0
+
+    def move(tensor: Tensor) -> Tensor:
+        nonlocal moved
+        moved += 1
+        if moved == when + 1:
+            raise torch.OutOfMemoryError("no")
+        return tensor.clone()
+
+    expected = layer(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer._apply(move)
+    assert torch.equal(layer(x), expected)
+    layer._apply(Tensor.clone)
+    assert torch.equal(layer(x), expected)
 
 
 def test_an_embedding_unpacks_rows_alone() -> None:
