@@ -297,10 +297,7 @@ class AllegroPipeline:
         return self.dtype or self._run_dtype(self._load_dit())
 
     def _run_dtype(self, dit: AllegroDiT) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        small = sum(p.numel() for p in dit.parameters()) < SMALL_MODEL_PARAMETERS
-        return torch.float32 if small or self.device.type == "cpu" else torch.bfloat16
+        return dit_dtype(sum(p.numel() for p in dit.parameters()), self.device, self.dtype)
 
     @property
     def dit(self) -> AllegroDiT:
@@ -332,8 +329,7 @@ class AllegroPipeline:
     def text_dtype(self) -> torch.dtype:
         """dtype the text encoder runs in: the reference's bfloat16; float32 for a small one, or where the
         transformer was asked for in float32."""
-        small = self._text_parameters() < SMALL_MODEL_PARAMETERS
-        return torch.float32 if small or self.dtype is torch.float32 else torch.bfloat16
+        return text_dtype(self._text_parameters(), self.dtype)
 
     def _text_parameters(self) -> int:
         """Numbers in the text encoder; reads headers only."""
@@ -368,12 +364,8 @@ class AllegroPipeline:
         return self._must_stream(self._load_dit(), self.dit_dtype, self.sampling_bytes(settings))
 
     def _must_stream(self, network: nn.Module, dtype: torch.dtype, working: int) -> bool:
-        if self.offload != "auto":
-            return self.offload == "stream"
-        missing = whole_bytes(network, self.device, dtype)
-        if self.device.type == "cpu":  # converting it as a whole would take memory, converting a layer takes no time
-            return missing > 0 and sum(p.numel() for p in network.parameters()) >= SMALL_MODEL_PARAMETERS
-        return not self._fits(missing + working)
+        return must_stream(self.offload, self.device, parameters=sum(p.numel() for p in network.parameters()),
+                           missing=whole_bytes(network, self.device, dtype), working=working)
 
     def _fits(self, needed: int) -> bool:
         free = free_bytes(self.device)
@@ -744,6 +736,41 @@ def read_calibration(transformer: Path) -> CacheCalibration:
     """
     path = cache_file(transformer)
     return CacheCalibration.from_dict(read_json(path), str(path)) if path.is_file() else BUNDLED
+
+
+def dit_dtype(parameters: int, device: torch.device, asked: torch.dtype | None) -> torch.dtype:
+    """Type that a transformer runs in.
+
+    Args:
+        parameters: numbers in it.
+        device: where it runs.
+        asked: by the user; None for bfloat16 on an accelerator and float32 on a CPU.
+    """
+    small = parameters < SMALL_MODEL_PARAMETERS
+    return asked or (torch.float32 if small or device.type == "cpu" else torch.bfloat16)
+
+
+def text_dtype(parameters: int, asked: torch.dtype | None) -> torch.dtype:
+    """Type that a text encoder runs in; the arguments are as in `dit_dtype`."""
+    return torch.float32 if parameters < SMALL_MODEL_PARAMETERS or asked is torch.float32 else torch.bfloat16
+
+
+def must_stream(offload: str, device: torch.device, *, parameters: int, missing: int, working: int) -> bool:
+    """Whether a network is brought to its device layer by layer.
+
+    Args:
+        offload: one of `OFFLOADS`.
+        device: where it runs.
+        parameters: numbers in it.
+        missing: bytes that moving it as a whole would take on the device; see `whole_bytes`.
+        working: bytes that it needs beside its weights.
+    """
+    if offload != "auto":
+        return offload == "stream"
+    if device.type == "cpu":  # converting it as a whole would take memory, converting a layer takes no time
+        return missing > 0 and parameters >= SMALL_MODEL_PARAMETERS
+    free = free_bytes(device)
+    return free is not None and missing + working >= free
 
 
 def check_finite(x: Tensor, where: str, remedy: str = "another copy of the file; the run that made it, again") -> None:

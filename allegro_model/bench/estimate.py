@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +17,8 @@ from ..geometry import (
     latent_shape,
     token_count,
 )
-from ..memory import both_prompts_fit, free_bytes
-from ..pipeline import SMALL_MODEL_PARAMETERS, SampleSettings
+from ..memory import both_prompts_fit
+from ..pipeline import SampleSettings, dit_dtype, must_stream, text_dtype
 from ..sampling import count_work, reference_timesteps
 from ..sampling.cache import BUNDLED, CacheCalibration
 from ..vae import Tiling
@@ -47,24 +46,22 @@ class Machine:
         dtype: of the transformer; None for what the pipeline would choose.
         attention: the kernel.
         tiling: of the VAE; None for the checkpoint's.
+        offload: one of `OFFLOADS`: whether transformer and text encoder are streamed.
     """
 
     device: torch.device
     dtype: torch.dtype | None
     attention: Attention = sdpa
     tiling: Tiling | None = None
+    offload: str = "auto"
 
     def dit_dtype(self, networks: Networks) -> torch.dtype:
         """Type of the transformer."""
-        if self.dtype is not None:
-            return self.dtype
-        small = networks.dit_parameters < SMALL_MODEL_PARAMETERS
-        return torch.float32 if small or self.device.type == "cpu" else torch.bfloat16
+        return dit_dtype(networks.dit_parameters, self.device, self.dtype)
 
     def text_dtype(self, networks: Networks) -> torch.dtype:
         """Type of the text encoder."""
-        small = networks.text_parameters < SMALL_MODEL_PARAMETERS
-        return torch.float32 if small or self.dtype is torch.float32 else torch.bfloat16
+        return text_dtype(networks.text_parameters, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class StageEstimate:
         name: as the report of a run calls it.
         seconds: without reading files, and without bringing streamed layers to the device.
         weights_bytes, working_bytes: peak of the device's memory.
-        streamed: whether the weights do not fit on the device and come to it layer by layer.
+        streamed: whether the weights come to the device, or on a CPU to the type of the run, layer by layer.
     """
 
     name: str
@@ -143,7 +140,7 @@ def estimate_run(networks: Networks, settings: SampleSettings, machine: Machine,
     shape = latent_shape(settings.width, settings.height, settings.num_frames)
     estimate = _sampling(networks, settings, machine, shape)
     estimate.stages.insert(0, _reading(networks, settings, machine))
-    estimate.stages.append(_decoding(networks, settings, machine, shape))
+    estimate.stages.append(_decoding(networks, settings, machine, estimate.stages[-1]))
     if interpolator is not None and multiplier > 1:
         estimate.stages.append(_interpolating(interpolator, multiplier, settings, machine))
     return estimate
@@ -153,14 +150,16 @@ def _reading(networks: Networks, settings: SampleSettings, machine: Machine) -> 
     dtype = machine.text_dtype(networks)
     seconds = text_seconds(networks.text, device=machine.device, dtype=dtype) * (1 if settings.guidance_scale == 1.0 else 2)
     working = 4 * TEXT_TOKENS * networks.text["d_ff"] * dtype.itemsize
-    weights, streamed = _placed(networks.text_parameters * dtype.itemsize, working, machine, lambda: networks.streamed_text_bytes(dtype))
+    weights, streamed = _placed(networks.text_parameters, dtype, networks.text_stored, working, machine)
+    weights = networks.streamed_text_bytes(dtype) if streamed else weights
     return StageEstimate("reading the prompt", seconds, weights, working, streamed)
 
 
-def _placed(weights: int, working: int, machine: Machine, streamed_bytes: Callable[[], int]) -> tuple[int, bool]:
-    """(bytes of a network's weights on the device, whether it is streamed), as the pipeline places it of its own accord."""
-    free = None if machine.device.type == "cpu" else free_bytes(machine.device)
-    return (weights, False) if free is None or weights + working < free else (streamed_bytes(), True)
+def _placed(parameters: int, dtype: torch.dtype, stored: torch.dtype, working: int, machine: Machine) -> tuple[int, bool]:
+    """(bytes of a network's weights as a whole, whether it is streamed), as the pipeline places it."""
+    weights = parameters * dtype.itemsize
+    mapped = machine.device.type == "cpu" and stored == dtype
+    return weights, must_stream(machine.offload, machine.device, parameters=parameters, missing=0 if mapped else weights, working=working)
 
 
 def _sampling(networks: Networks, settings: SampleSettings, machine: Machine, shape: LatentShape) -> Estimate:
@@ -172,14 +171,15 @@ def _sampling(networks: Networks, settings: SampleSettings, machine: Machine, sh
     batch = prompts if both_prompts_fit(working(prompts), machine.device) else 1
     once = evaluation_seconds(networks, shape, device=machine.device, dtype=dtype, attention=machine.attention, batch=batch)
     evaluations, seconds = sampling_seconds(once, settings, networks.calibration)
-    weights, streamed = _placed(networks.dit_parameters * dtype.itemsize, working(batch), machine,
-                                lambda: networks.streamed_dit_bytes(dtype))
+    weights, streamed = _placed(networks.dit_parameters, dtype, networks.dit_stored, working(batch), machine)
+    weights = networks.streamed_dit_bytes(dtype) if streamed else weights
     stage = StageEstimate("sampling", seconds, weights, working(batch), streamed)
     return Estimate(token_count(shape, networks.dit.patch_size), dit_flops(networks.dit, shape, TEXT_TOKENS), evaluations,
                     prompts * once.total, [stage])
 
 
-def _decoding(networks: Networks, settings: SampleSettings, machine: Machine, shape: LatentShape) -> StageEstimate:
+def _decoding(networks: Networks, settings: SampleSettings, machine: Machine, sampling: StageEstimate) -> StageEstimate:
+    shape = latent_shape(settings.width, settings.height, settings.num_frames)
     tiling = machine.tiling or Tiling.from_config(networks.vae)
     _, rows, columns = tiling.plan(shape)
     tiles, cells = tiles_of(tiling, shape)
@@ -190,8 +190,8 @@ def _decoding(networks: Networks, settings: SampleSettings, machine: Machine, sh
     # Beside the network: the frames that a row of tiles is blended in.
     working += frames_bytes(settings.width, settings.height, pixels[0])
     weights = networks.vae_parameters * 4
-    if machine.device.type == "cpu":  # the transformer stays where it is
-        weights += networks.dit_parameters * machine.dit_dtype(networks).itemsize
+    if machine.device.type == "cpu" and not sampling.streamed:  # the transformer stays where it is
+        weights += sampling.weights_bytes
     return StageEstimate("decoding", seconds, weights, working)
 
 

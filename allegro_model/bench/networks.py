@@ -26,7 +26,8 @@ from ..loading import (
     vae_config_from_shapes,
 )
 from ..loading.dimensions import t5_shapes
-from ..loading.source import config_of
+from ..loading.quant import common_dtype
+from ..loading.source import Source, config_of
 from ..sampling.cache import BUNDLED, CacheCalibration
 from ..streaming import layers_of_dit, streamed_bytes
 from ..vae import VideoVAE
@@ -52,6 +53,7 @@ class Networks:
         file_bytes: size of the files; None when there are none.
         root: the folder, None for sizes alone.
         calibration: of the step caches.
+        dit_stored, text_stored: the type that most of the file has; those of the released models are in bfloat16.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Networks:
     file_bytes: int | None = None
     root: Path | None = None
     calibration: CacheCalibration = BUNDLED
+    dit_stored: torch.dtype = torch.bfloat16
+    text_stored: torch.dtype = torch.bfloat16
 
     @cached_property
     def dit_parameters(self) -> int:
@@ -123,4 +127,9 @@ def open_networks(model: str) -> Networks:
         ("allegro-dit", "transformer"), ("allegro-vae", "vae"), ("t5-encoder", "text_encoder")))
     size = sum(part.header.num_bytes for part in (dit, vae, text))
     return Networks(root.resolve().name, config_of(dit, dit_config_from_shapes), config_of(vae, vae_config_from_shapes),
-                    config_of(text, t5_config_from_shapes), load_sampling_defaults(root), dit.info.variant == "ti2v", size, root)
+                    config_of(text, t5_config_from_shapes), load_sampling_defaults(root), dit.info.variant == "ti2v", size, root,
+                    dit_stored=_stored(dit), text_stored=_stored(text))
+
+
+def _stored(source: Source) -> torch.dtype:
+    return common_dtype(source.names, source.header.tensors)

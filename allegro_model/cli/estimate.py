@@ -60,13 +60,13 @@ def _settings(job: Job, networks: Networks) -> SampleSettings:
 def _machine(job: Job, networks: Networks, settings: SampleSettings) -> Machine:
     """With the kernel that the run would take, which may be measured."""
     device = resolve_device(job.args.device)
-    machine = Machine(device, resolve_dtype(job.args.dtype))
+    machine = Machine(device, resolve_dtype(job.args.dtype), offload=job.args.offload)
     shape = latent_shape(settings.width, settings.height, settings.num_frames)
     heads = AttentionShape(token_count(shape, networks.dit.patch_size), networks.dit.num_attention_heads,
                            networks.dit.attention_head_dim)
     kernel = choose_attention(job.args.attention, device, machine.dit_dtype(networks), heads)
     job.report.facts["attention"] = kernel.name
-    return Machine(device, machine.dtype, kernel.run)
+    return replace(machine, attention=kernel.run)
 
 
 def _interpolator(job: Job, machine: Machine) -> EMAInterpolator | None:
@@ -92,7 +92,8 @@ def _lines(job: Job, networks: Networks, settings: SampleSettings, machine: Mach
                f"({size(stage.weights_bytes)} of weights{', streamed' * stage.streamed})")
     yield f"{'in all':<20}{duration(found.seconds):>10}"
     if any(stage.streamed for stage in found.stages):
-        yield "streamed: the weights do not fit and come layer by layer, which may take longer than this"
+        yield (f"streamed: the weights {'are converted' if machine.device.type == 'cpu' else 'come to the device'} layer by layer, "
+               "which may take longer than this")
     yield ""
     frames = s.num_frames * (job.args.interpolate or 1)
     files = "" if networks.file_bytes is None else f"{size(networks.file_bytes)} of weights, "

@@ -8,7 +8,7 @@ from ..attention import ATTENTIONS
 from ..bench.rows import SECTIONS
 from ..config import PRESETS
 from ..loading import bundled_models
-from ..pipeline import DTYPES
+from ..pipeline import DTYPES, OFFLOADS
 from ..sampling import CACHE_LEVELS
 from .options import Parser, add_command, add_report, triple
 
@@ -20,6 +20,7 @@ examples:
   allegro estimate
   allegro estimate --model 40x360P --steps 50 --cache fast
   allegro estimate --model models/Allegro --frames 40 --dtype bf16 --interpolate 2
+  allegro estimate --offload stream
 """
 _BENCH = """\
 Measure the parts of a run on this machine, each variant in turn with a plain one: the device's peak, text encoder,
@@ -68,6 +69,8 @@ def add_estimate(commands: argparse._SubParsersAction[Parser]) -> None:
     group = _add_machine(parser)
     group.add_argument("--attention", default="auto", choices=ATTENTIONS,
                        help="kernel of the transformer's attention (default auto: the fastest exact one)")
+    group.add_argument("--offload", default="auto", choices=OFFLOADS,
+                       help="where the weights are, as of `generate` (default auto: streamed where they do not fit)")
     parser.add_argument("--force", action="store_true", help="replace an existing report")
     add_report(parser)
 

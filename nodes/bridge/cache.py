@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import comfy.model_patcher
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...allegro_model.dit import AllegroDiT
 from ...allegro_model.errors import AllegroError, CheckpointMismatch
-from ...allegro_model.loading.files import cache_file, read_json
+from ...allegro_model.pipeline import read_calibration
 from ...allegro_model.sampling import StepCache
 from ...allegro_model.sampling.cache import BUNDLED, IDLE, CacheCalibration, check_cache
 
@@ -53,11 +54,10 @@ def add_cache(model: Any, level: str) -> Any:
     return patched
 
 
-def read_calibration(path: str) -> CacheCalibration:
+def calibration_of(path: str) -> CacheCalibration:
     """That which lies beside the weights of a transformer, or else the bundled one. A broken file costs no more than itself."""
-    file = cache_file(path)
     try:
-        return CacheCalibration.from_dict(read_json(file), str(file)) if file.is_file() else BUNDLED
+        return read_calibration(Path(path))
     except AllegroError as error:
         logger.warning("Allegro: %s The step cache uses the calibration of %s.", error, BUNDLED.name)
         return BUNDLED

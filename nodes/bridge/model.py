@@ -27,7 +27,7 @@ from ...allegro_model.geometry import LatentShape, estimate_sampling_bytes
 from ...allegro_model.loading import check_tensors, component_folder, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
 from ...allegro_model.quantised import install
-from .cache import read_calibration, reuse_of
+from .cache import calibration_of, reuse_of
 from .compat import (
     SMALL_MODEL_PARAMETERS,
     PackedPatcher,
@@ -321,7 +321,7 @@ def load_dit(path: str, weight_dtype: str = "default", disable_dynamic: bool = F
     if not quantised:
         settle_dtypes(patcher)
     model.diffusion_model.requires_grad_(False).eval()
-    model.cache_calibration = read_calibration(path)
+    model.cache_calibration = calibration_of(path)
     remember_loader(patcher, load_dit, (path, weight_dtype))
     patcher.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "allegro", timed)
     logger.info("Loaded %s: %s, weights %s%s%s", path, source.info.title, model.get_dtype(),

@@ -224,24 +224,42 @@ def test_an_estimate_of_the_bundled_model(hasty: None) -> None:
     assert found.stages[1].seconds == pytest.approx(found.step_seconds * d.num_steps)
 
 
+def known_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured."""
+    monkeypatch.setattr(estimating, "text_seconds", lambda *args, **named: 1.0)
+    monkeypatch.setattr(estimating, "evaluation_seconds", lambda *args, **named: EvaluationSeconds(1.0, 1.0))
+    monkeypatch.setattr(estimating, "decode_seconds", lambda *args, **named: 1.0)
+
+
 def test_networks_that_do_not_fit_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the pipeline; the device is of no kind that could be measured here."""
     networks, device = open_networks("tiny"), torch.device("cuda")
     settings = SampleSettings(96, 64, 24, 20, 7.5)
-    monkeypatch.setattr(estimating, "text_seconds", lambda *args, **named: 1.0)
-    monkeypatch.setattr(estimating, "evaluation_seconds", lambda *args, **named: EvaluationSeconds(1.0, 1.0))
-    monkeypatch.setattr(estimating, "decode_seconds", lambda *args, **named: 1.0)
+    known_seconds(monkeypatch)
     monkeypatch.setattr(estimating, "both_prompts_fit", lambda *args: True)
     found = []
-    for free in (2**40, 0):
-        monkeypatch.setattr(estimating, "free_bytes", lambda device, free=free: free)
-        found.append(estimate_run(networks, settings, Machine(device, torch.float32)).stages[:2])
-    assert [[stage.streamed for stage in stages] for stages in found] == [[False] * 2, [True] * 2]
+    for free, offload in ((2**40, "auto"), (0, "auto"), (2**40, "stream"), (0, "none")):
+        monkeypatch.setattr("allegro_model.pipeline.free_bytes", lambda device, free=free: free)
+        found.append(estimate_run(networks, settings, Machine(device, torch.float32, offload=offload)).stages[:2])
+    assert [[stage.streamed for stage in stages] for stages in found] == [[False] * 2, [True] * 2, [True] * 2, [False] * 2]
+    assert found[1] == found[2]
+    assert found[0] == found[3]
     pipeline = AllegroPipeline.from_pretrained("tiny")
     encoder, dit = pipeline.load_text_encoder(), pipeline.dit
     assert [stage.weights_bytes for stage in found[1]] == [
         streamed_bytes(encoder.model, encoder.layers, torch.float32), streamed_bytes(dit, layers_of_dit(dit), torch.float32)]
     assert found[0][1].weights_bytes == whole_bytes(dit, torch.device("meta"), torch.float32)
+
+
+def test_large_weights_of_another_type_are_converted_layer_by_layer_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the pipeline: then the transformer as a whole is not in memory while decoding, either."""
+    monkeypatch.setattr("allegro_model.pipeline.SMALL_MODEL_PARAMETERS", 1)
+    known_seconds(monkeypatch)
+    networks, settings = open_networks("tiny"), SampleSettings(96, 64, 4, 1, 1.0)
+    mapped, converted = (estimate_run(networks, settings, Machine(CPU, dtype)).stages for dtype in (networks.dit_stored, torch.float32))
+    assert (mapped[1].streamed, converted[1].streamed) == (False, True)
+    assert mapped[2].weights_bytes == networks.vae_parameters * 4 + mapped[1].weights_bytes
+    assert converted[2].weights_bytes == networks.vae_parameters * 4
 
 
 # A guess before the first step
@@ -310,8 +328,10 @@ def test_a_guess_is_said_roughly(seconds: float, text: str) -> None:
 
 
 def test_estimate_command(allegro: Run, hasty: None) -> None:
-    code, out, _ = allegro("estimate", "--model", "tiny", "--steps", 7, "--cfg", 1, "--interpolate", 2, "--json", "a.json")
+    code, out, _ = allegro("estimate", "--model", "tiny", "--steps", 7, "--cfg", 1, "--interpolate", 2, "--offload", "stream",
+                           "--json", "a.json")
     assert code == 0
+    assert "of weights, streamed)" in out
     assert "tiny: 24 frames of 96x64, 7 steps, cfg 1, step cache off\n" in out
     assert "144 tokens" in out
     assert "; 7 evaluations" in out
