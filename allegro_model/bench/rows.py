@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from ..costs import dit_flops, text_flops, vae_decode_flops
 from ..dit import AllegroDiT
 from ..geometry import latent_shape, token_count
 from ..loading import load_dit
+from ..loading.convert import convert_checkpoint, suffix_of
+from ..streaming import Streamed, layers_of_dit
 from ..vae import Tiling
 from ..vfi import EMAVFI, EMAInterpolator, best_dtype
 from .measure import Measured, Run, in_turn, randomise
@@ -30,6 +32,9 @@ from .speed import TEXT_TOKENS, dit_run, pair_run, text_run
 
 # A kernel with a matrix of all scores is for short clips.
 _MATH_TOKENS = 4096
+# Formats of quantised weights, and of how many layers: writing all of them takes minutes.
+_CONVERTED = ("fp8", "int8", "gguf-q8_0")
+_CONVERTED_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,8 @@ def rows_of(scope: Scope, section: str) -> Iterator[Row]:
     Args:
         section: a key of `SECTIONS`.
     """
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        variants = SECTIONS[section](scope, Path(folder))
+    with torch.no_grad(), ExitStack() as stack:
+        variants = SECTIONS[section](scope, stack)
         found = in_turn({name: run for name, (run, _) in variants.items()}, scope.device, scope.rounds)
     plain = next(iter(found.values())).median
     for name, measured in found.items():
@@ -106,7 +111,7 @@ def rows_of(scope: Scope, section: str) -> Iterator[Row]:
         yield Row(section, name, measured, measured.median / plain, None if flops is None else flops / measured.median)
 
 
-def _peak(scope: Scope, folder: Path) -> dict[str, Variant]:
+def _peak(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
     made: dict[str, Variant] = {}
     for dtype in scope.dtypes:
         made[f"matrix product, {_name(dtype)}"] = matmul_run(scope.device, dtype)
@@ -114,14 +119,14 @@ def _peak(scope: Scope, folder: Path) -> dict[str, Variant]:
     return made
 
 
-def _text(scope: Scope, folder: Path) -> dict[str, Variant]:
+def _text(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
     layers = min(scope.layers, scope.networks.text["num_layers"])
     config = {**scope.networks.text, "num_layers": layers}
     return {f"{layers} of {scope.networks.text['num_layers']} layers, {TEXT_TOKENS} tokens, {_name(dtype)}":
             (text_run(config, scope.device, dtype), text_flops(config, TEXT_TOKENS)) for dtype in scope.dtypes}
 
 
-def _dit(scope: Scope, folder: Path) -> dict[str, Variant]:
+def _dit(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
     networks, shape = scope.networks, latent_shape(scope.width, scope.height, scope.frames)
     tokens = token_count(shape, networks.dit.patch_size)
     made: dict[str, Variant] = {}
@@ -153,7 +158,40 @@ def _with(dit: AllegroDiT, run: Run, attention: Attention,
     return call
 
 
-def _decode(scope: Scope, folder: Path) -> dict[str, Variant]:
+def _offload(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
+    """Weights on the device, or in main memory as the released ones are stored, for as long as rows are measured."""
+    shape, dtype = latent_shape(scope.width, scope.height, scope.frames), scope.dtypes[0]
+    there = scope.networks.random_dit(scope.layers, scope.device, dtype)
+    stored = scope.networks.random_dit(scope.layers, torch.device("cpu"), torch.bfloat16)
+    stack.enter_context(Streamed(stored, layers_of_dit(stored), scope.device, dtype))
+    flops = dit_flops(there.config, shape, TEXT_TOKENS).total
+    return {f"{_name(dtype)}, {name}": (dit_run(dit, shape, 1), flops) for name, dit in (("none", there), ("stream", stored))}
+
+
+def _quantised(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
+    """Weights that stay packed, as `allegro convert` writes them."""
+    shape, dtype, folder = latent_shape(scope.width, scope.height, scope.frames), scope.dtypes[0], _folder(stack)
+    layers = min(scope.layers, _CONVERTED_LAYERS)
+    dit = scope.networks.random_dit(layers, scope.device, dtype)
+    flops = dit_flops(dit.config, shape, TEXT_TOKENS).total
+    title = f"{layers} of {scope.networks.dit.num_layers} layers, {_name(dtype)}"
+    made: dict[str, Variant] = {title: (dit_run(dit, shape, 1), flops)}
+    plain = folder / "plain.safetensors"
+    save_file({name: tensor.to("cpu", torch.bfloat16) for name, tensor in dit.state_dict().items()}, plain)
+    for kind in _CONVERTED:
+        file = folder / f"{kind}{suffix_of(kind)}"
+        convert_checkpoint(plain, file, kind)
+        packed = load_dit(file, config=dit.config).to(scope.device, dtype)
+        made[f"{title}, weights in {kind}"] = (dit_run(packed, shape, 1), flops)
+    return made
+
+
+def _folder(stack: ExitStack) -> Path:
+    """One for as long as rows are measured."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+def _decode(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
     config = scope.networks.vae
     axes = Tiling.from_config(config).plan(latent_shape(scope.width, scope.height, scope.frames))
     t, h, w = (axis.tile for axis in axes)
@@ -168,7 +206,7 @@ def _decode(scope: Scope, folder: Path) -> dict[str, Variant]:
     return {f"tile of {4 * t}x{8 * h}x{8 * w}, {_name(dtype)}": variant(dtype) for dtype in (torch.float32, *half_types(scope.device))}
 
 
-def _interpolate(scope: Scope, folder: Path) -> dict[str, Variant]:
+def _interpolate(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
     width, height = (min(side, 256) if scope.device.type == "cpu" else side for side in (scope.width, scope.height))
 
     def variant(dtype: torch.dtype) -> Variant:
@@ -179,8 +217,8 @@ def _interpolate(scope: Scope, folder: Path) -> dict[str, Variant]:
     return {f"pair of {width}x{height}, ours_small_t, {_name(dtype)}": variant(dtype) for dtype in dtypes}
 
 
-def _load(scope: Scope, folder: Path) -> dict[str, Variant]:
-    path = folder
+def _load(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
+    folder = path = _folder(stack)
     kwargs: dict[str, Any] = {}
     if scope.networks.root is not None:
         path, title = scope.networks.root / "transformer", scope.networks.name
@@ -196,8 +234,8 @@ def _load(scope: Scope, folder: Path) -> dict[str, Variant]:
     return {f"{title}, every weight read": (partial(read, None), None), f"{title}, as float32": (partial(read, torch.float32), None)}
 
 
-SECTIONS: Mapping[str, Callable[[Scope, Path], dict[str, Variant]]] = {
-    "peak": _peak, "text": _text, "dit": _dit, "decode": _decode, "interpolate": _interpolate, "load": _load,
+SECTIONS: Mapping[str, Callable[[Scope, ExitStack], dict[str, Variant]]] = {
+    "peak": _peak, "text": _text, "dit": _dit, "offload": _offload, "quantised": _quantised, "decode": _decode, "interpolate": _interpolate, "load": _load,
 }
 
 

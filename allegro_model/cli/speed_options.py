@@ -24,7 +24,8 @@ examples:
 """
 _BENCH = """\
 Measure the parts of a run on this machine, each variant in turn with a plain one: the device's peak, text encoder,
-transformer (every attention that works here, types, both prompts at once, compiled), decoder, interpolation, loading.
+transformer (every attention that works here, types, both prompts at once, compiled, streamed, quantised), decoder,
+interpolation, loading.
 Weights are noise of the model's sizes, since times do not depend on them, so that none are needed; of a model folder,
 loading is timed as well. On a CPU fewer tokens, layers and pixels are the default; the table says how many.
 

@@ -375,11 +375,11 @@ def test_every_released_size_is_offered(allegro: Run) -> None:
 
 def test_bench_command(allegro: Run) -> None:
     code, out, _ = allegro("bench", "--model", "tiny", "--size", "4x32x32", "--rounds", 1, "--dtype", "fp32", "--profile",
-                           "--only", "dit", "--only", "decode", "--only", "load", "--only", "text", "--json", "a.json")
+                           "--only", "dit", "--only", "offload", "--only", "quantised", "--only", "decode", "--only", "load", "--only", "text", "--json", "a.json")
     assert code == 0
     report = json.loads(Path("a.json").read_text())
     rows = report["rows"]
-    assert {row["section"] for row in rows} == {"dit", "decode", "load", "text"}
+    assert {row["section"] for row in rows} == {"dit", "offload", "quantised", "decode", "load", "text"}
     for row in rows:
         assert row["median"] > 0
         assert len(row["seconds"]) == 1
@@ -390,6 +390,10 @@ def test_bench_command(allegro: Run) -> None:
         assert row["ratio"] == pytest.approx(row["median"] / dit[0]["median"])
     works = [row["flops_per_second"] * row["median"] for row in dit]
     assert works == pytest.approx([works[0], works[0], 2 * works[0]])
+    names = {kind: [row["name"] for row in rows if row["section"] == kind] for kind in ("offload", "quantised")}
+    assert names["offload"] == ["float32, none", "float32, stream"]
+    plain, *packed = names["quantised"]
+    assert packed == [f"{plain}, weights in {kind}" for kind in ("fp8", "int8", "gguf-q8_0")]
     assert sum(report["profile"].values()) == pytest.approx(1)
     assert report["profile"]["matmul"] > 0.05
 
