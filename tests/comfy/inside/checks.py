@@ -554,6 +554,24 @@ def check_other_samplers_and_schedulers_run(h: Host) -> None:
         assert torch.isfinite(ksampler(h, parts(h)[0], sampler_name=name, scheduler=scheduler)).all(), name
 
 
+def check_two_halves_of_the_advanced_sampler_equal_one_run(h: Host) -> None:
+    """What lies between can be saved; euler draws no noise after the first."""
+    positive, negative = prompts(h)
+    node = h.core.NODE_CLASS_MAPPINGS["KSamplerAdvanced"]
+    same = {"model": parts(h)[0], "noise_seed": 3, "steps": 6, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal",
+            "positive": positive, "negative": negative}
+    empty = {"samples": torch.zeros((1, 4, 6, 8, 12))}
+    whole = call(node, **same, add_noise="enable", latent_image=empty, start_at_step=0, end_at_step=6,
+                 return_with_leftover_noise="disable")
+    half = call(node, **same, add_noise="enable", latent_image=empty, start_at_step=0, end_at_step=3,
+                return_with_leftover_noise="enable")
+    other = call(node, **same, add_noise="disable", latent_image=half, start_at_step=3, end_at_step=6,
+                 return_with_leftover_noise="disable")
+    found = [relative(x["samples"], whole["samples"]) for x in (half, other)]
+    assert found[0] > 1e-3, "the second half has nothing to do"
+    assert found[1] < 1e-5, found
+
+
 def check_lora_loader_changes_the_result_of_its_copy_only(h: Host) -> None:
     dit = parts(h)[0]
     before = ksampler(h, dit)
