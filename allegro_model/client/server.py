@@ -397,17 +397,23 @@ def _files(outputs: Mapping[str, Any]) -> Iterator[RemoteFile]:
 
 
 def _refusal(graph: Graph, answer: Mapping[str, Any]) -> str:
-    """What a server finds wrong with a graph, one sentence for each node."""
+    """What a server finds wrong with a graph, each thing once."""
     found = []
     for node, about in (answer.get("node_errors") or {}).items():
         where = f"node {node} ({graph.get(node, {}).get('class_type', about.get('class_type', 'unknown'))})"
-        found += [f"{where}: {error.get('message', '')}: {error.get('details', '')}".rstrip(": ")
-                  for error in about.get("errors", [])]
+        found += [f"{where}: {_what_is_wrong(error)}" for error in about.get("errors", [])]
     if found:
-        return "; ".join(found)
+        return "; ".join(dict.fromkeys(found))
     error = answer.get("error") or {}
     words = [str(error.get(key, "")).strip() for key in ("message", "details")] if isinstance(error, dict) else [str(error)]
     return ": ".join(word for word in words if word) or "it does not say why"
+
+
+def _what_is_wrong(error: Mapping[str, Any]) -> str:
+    """One error of a node. What the node itself refuses comes once for each input that it looks at, after its name: "width - ..."."""
+    details = str(error.get("details", ""))
+    own = details.partition(" - ")[2] if error.get("type") == "custom_validation_failed" else ""
+    return own or f"{error.get('message', '')}: {details}".rstrip(": ")
 
 
 def read_upload(path: str | os.PathLike[str]) -> bytes:

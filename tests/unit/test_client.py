@@ -119,6 +119,18 @@ def test_what_goes_wrong_is_explained(comfy: FakeComfy, prompt: str, error: type
     assert not comfy.queue
 
 
+def test_what_a_node_refuses_is_said_once(comfy: FakeComfy) -> None:
+    """ComfyUI repeats it for every input that the node looks at."""
+    errors = [{"type": "custom_validation_failed", "message": "Custom validation failed for node", "details": f"{name} - width=100: no"}
+              for name in ("width", "height")]
+    answer = {"node_errors": {"sampler": {"errors": [*errors, {"message": "Value too small", "details": "steps: 0"}]}}}
+    comfy.faults["POST /prompt"] = [json.dumps(answer)]
+    with pytest.raises(PromptRefused) as refused:
+        ComfyServer(comfy.url).run(text_to_video("a"))
+    where = "node sampler (AllegroSampler): "
+    assert str(refused.value).endswith(f"refused the workflow: {where}width=100: no; {where}Value too small: steps: 0")
+
+
 def test_cancelling_touches_only_the_own_run(comfy: FakeComfy) -> None:
     client = ComfyServer(comfy.url)
     other, own, waiting = (client.submit(text_to_video(prompt)) for prompt in ("forever a", "forever b", "c"))
