@@ -141,10 +141,14 @@ def test_every_test_that_is_named_as_evidence_exists() -> None:
 
 def test_every_expectation_is_answered() -> None:
     """One row each, with an answer, and a reason where the answer is not a plain yes."""
-    rows = [line.strip("|").split("|") for line in (ROOT / "docs" / "expectations.md").read_text(encoding="utf-8").splitlines()
-            if line.startswith("| ") and not line.startswith("| asked for")]
+    text = (ROOT / "docs" / "expectations.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ") and not line.startswith("| asked for")]
     assert len(rows) > 100
     for row in rows:
         assert len(row) == 3, row
         assert row[1].strip() in {"yes", "partly", "no", "-"}, row
         assert row[2].strip(), row
+    answers = [row[1].strip() for row in rows]
+    count = {answer: answers.count(answer) for answer in ("yes", "partly", "no", "-")}
+    assert (f"Of {len(rows)} points: {count['yes']} yes, {count['partly']} partly, {count['no']} no, {count['-']} do not arise."
+            in text), count
