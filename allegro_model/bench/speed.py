@@ -157,7 +157,8 @@ def decode_seconds(networks: Networks, tile: tuple[int, int, int], *, device: to
     decoder = networks.random_decoder(device)
     t, h, w = tile
     # All frames of the tile as soon as it can be: a convolution in time takes longer for each of some few.
-    edges = [(1, 4), *((t, edge) for edge in (4, 8, 12, 16, 24, 32, max(h, w)))]
+    # Less than the first would not do: the few points of small pictures take a fifth longer for each.
+    edges = [(1, 8), *((t, edge) for edge in (8, 12, 16, 24, 32, max(h, w)))]
     cut = [(frames, min(h, edge), min(w, edge)) for frames, edge in edges]
     sizes = {vae_decode_flops(networks.vae, cells): cells for cells in cut}
 

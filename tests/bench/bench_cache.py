@@ -10,22 +10,24 @@ which other work on the machine disturbs less than the clock. Nothing here asser
 """
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from bench_vfi import replace_section
 from torch import Tensor
 
 from allegro_model.calibration import ssim
 from allegro_model.pipeline import AllegroPipeline, PromptEmbeds, SampleSettings
 from allegro_model.sampling import SAMPLERS, Prompt, sigma_to_timestep
 from allegro_model.sampling.cache import BROADCAST_STEPS, BROADCAST_TIMESTEPS, BUNDLED
+from allegro_model.sampling.schedule import TRAIN_STEPS, reference_sigmas, sigma_table, timestep_to_sigma
 from allegro_model.training.evaluate import Case, evaluation_cases, load_models, score, to_frames
 
 TITLE = "## Step caches and few steps"
@@ -35,7 +37,27 @@ MANY_STEPS = 100  # what the released models were made for
 LEVEL_ROWS: dict[str, dict[str, Any]] = {
     "off": {}, **{level: {"cache": level} for level in BUNDLED.levels},
     **{f"{name}, {MANY_STEPS} steps": {"cache": name, "num_steps": MANY_STEPS} for name in BUNDLED.levels if name != "broadcast"}}
-FEW_ROWS = {f"{steps} steps": steps for steps in FEW_STEPS}
+# Row -> its steps, and their spacing; another than the reference's is none that the package offers, but ComfyUI does.
+FEW_ROWS = {f"{steps} steps": (steps, "reference") for steps in FEW_STEPS}
+FEW_ROWS |= {f"{steps} steps, {spacing}": (steps, spacing) for steps in (20, 12) for spacing in ("karras", "trailing")}
+
+
+def spaced(num_steps: int, spacing: str) -> Tensor:
+    """[num_steps + 1] noise levels, descending, last 0.
+
+    Args:
+        num_steps: at least 2.
+        spacing: "reference"; "karras", even in sigma^(1/7) (arXiv 2206.00364, equation 5); "trailing", even in timesteps with the
+            last one above 0 (ComfyUI's sgm_uniform).
+    """
+    if spacing == "reference":
+        return reference_sigmas(num_steps)
+    if spacing == "trailing":
+        sigmas = timestep_to_sigma(torch.linspace(TRAIN_STEPS - 1, 0, num_steps + 1)[:-1])
+    else:
+        first, last = sigma_table()[[-1, 0]].double() ** (1 / 7)
+        sigmas = ((first + torch.linspace(0, 1, num_steps) * (last - first)) ** 7).float()
+    return torch.cat((sigmas, torch.zeros(1)))
 
 
 @dataclass
@@ -180,17 +202,14 @@ prompt" counts what image analysis finds in the clips. The released weights have
   Using the rest of the network's output again there, or the clean latents, makes no difference (28.0 and 26.9 dB at 2.2).
 
 How often clips of few steps follow their prompt, without a cache. Five steps of any sampler are enough for what the bundled model
-is asked to draw, so this does not tell samplers apart; the released models were made for 100.
+is asked to draw, so this hardly tells samplers apart; the released models were made for 100. Rows without a word have the
+reference's spacing of noise levels, the one that the package has; "karras" and "trailing" (ComfyUI's sgm_uniform) are spacings that
+ComfyUI's own sampler nodes offer. Every sampler keeps the score with the reference's and with trailing; only dpmpp_2m_sde with karras
+lost any of it.
 
 {FEW_HEADER}
 {chr(10).join(few)}
 """
-
-
-def replace_section(text: str, new: str) -> str:
-    """Puts the section in place of the old one, or at the end."""
-    old = re.search(rf"^{TITLE}$.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    return text[: old.start()] + new + text[old.end():] if old else text.rstrip("\n") + "\n\n" + new
 
 
 def main() -> None:
@@ -212,7 +231,9 @@ def main() -> None:
     exact: dict[int | None, Clips] = {}  # by the number of steps
     for name in wanted:
         if name in FEW_ROWS:
-            runs = [bench.run(num_steps=FEW_ROWS[name], sampler=sampler) for sampler in SAMPLERS]
+            steps, spacing = FEW_ROWS[name]
+            with patch("allegro_model.pipeline.reference_sigmas", lambda count, denoise, spacing=spacing: spaced(count, spacing)):
+                runs = [bench.run(num_steps=steps, sampler=sampler) for sampler in SAMPLERS]
             lines[name] = "| " + " | ".join([name, *(f"{run.right} of {run.total}" for run in runs), str(args.cases)]) + " |"
         else:
             steps = LEVEL_ROWS[name].get("num_steps")
@@ -222,7 +243,7 @@ def main() -> None:
             lines[name] = level_row(name, clips, exact[steps])
         print(lines[name], flush=True)
     if args.write:
-        args.write.write_text(replace_section(text, section(lines)), encoding="utf-8")
+        args.write.write_text(replace_section(text, section(lines), TITLE), encoding="utf-8")
 
 
 if __name__ == "__main__":

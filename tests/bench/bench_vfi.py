@@ -184,7 +184,10 @@ whole pixels; linear layers and narrow activations in forms that the processor's
 def replace_section(text: str, new: str, title: str = TITLE) -> str:
     """Puts the section in place of the old one, or at the end."""
     old = re.search(rf"^{title}$.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    return text[: old.start()] + new + text[old.end():] if old else text.rstrip("\n") + "\n\n" + new
+    if not old:
+        return text.rstrip("\n") + "\n\n" + new
+    following = text[old.end():]
+    return text[: old.start()] + new + ("\n" + following if following else "")
 
 
 def main() -> None:

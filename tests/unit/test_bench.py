@@ -201,7 +201,7 @@ def test_tiles_are_timed_with_all_their_frames(monkeypatch: pytest.MonkeyPatch, 
     seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(VideoVAE, "decode_tile", lambda self, latents: (seen.append(tuple(latents.shape[2:])), clock(0.01)))
     assert decode_seconds(open_networks("tiny"), (6, 8, 12), device=CPU) == pytest.approx(0.01)
-    assert seen[0] == (1, 4, 4)
+    assert seen[0] == (1, 8, 8)
     assert seen[-1] == (6, 8, 12)
     assert all(t == 6 for t, h, w in seen[2:])
 
