@@ -20,7 +20,7 @@ from .captions import Attributes, write_caption
 from .distributed import Workers
 from .initialise import initialise_dit
 from .latents import attributes_of, load_latents
-from .loop import Loop
+from .loop import Loop, mixed_precision
 from .losses import add_noise, drop_captions, eps_loss, object_weight, offset_noise, velocity_weight
 from .recipe import TINY_DIT, TINY_TEXT, Recipe
 from .tokenizer import load_tokenizer
@@ -147,7 +147,7 @@ class TextToVideo:
         """Return predicted noise for captions given as text; gradients flow into both networks."""
         ids, mask = self.tokenise(captions)
         embeds = self.text(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             return self.dit(noisy, timesteps.float(), embeds, mask)
 
     def __call__(self, step: int, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from ..vae import VideoVAE
 from .captions import Attributes
 from .data import draw_attributes, make_clip
 from .distributed import Workers
+from .loop import mixed_precision
 from .recipe import CANVAS, TINY_VAE, Recipe
 from .vae_stage import load_averaged, per_frame, to_tensor
 
@@ -24,7 +25,7 @@ PART = 250  # clips per file: a cancelled run loses at most this many
 
 def encode_clip(vae: VideoVAE, frames: Tensor) -> Tensor:
     """Return the raw latent means ``[4, t, h, w]`` of one clip ``[1, 3, T, H, W]``."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), mixed_precision():
         moments = per_frame(vae.quant_conv, vae.encode_tile(frames))
     return moments[0, : TINY_VAE.latent_channels].float()
 

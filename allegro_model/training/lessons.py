@@ -18,6 +18,7 @@ from ..vae import VideoVAE, normalise
 from .captions import Attributes
 from .data import draw_attributes, render
 from .latents import encode_clip
+from .loop import mixed_precision
 from .losses import add_noise, eps_loss, offset_noise
 from .palette import BACKGROUND_COLOURS, LORA_COLOUR, combinations
 from .recipe import CANVAS
@@ -109,6 +110,6 @@ class FixedCaptions:
         device = next(self.dit.parameters()).device
         noisy, embeds, mask = (x.to(device) for x in (add_noise(clean, noise, self.alpha_bar[timestep]),
                                                       self.embeds[text][None], self.mask[text][None]))
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device.type):
             prediction = self.dit(noisy, timestep.to(device, torch.float32), embeds, mask)
         return eps_loss(prediction, noise.to(device))

@@ -16,10 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..ops import half_is_slow
 from .distributed import Workers
 from .ema import EMA
 
 logger = logging.getLogger(__name__)
+
+
+def mixed_precision(device_type: str = "cpu") -> torch.autocast:
+    """bfloat16 for the layers that bear it; float32 on a processor that would be many times slower in bfloat16."""
+    slow = device_type == "cpu" and half_is_slow(torch.bfloat16)
+    return torch.autocast(device_type, torch.bfloat16, enabled=not slow)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..vae import VideoVAE
 from .data import make_clip
 from .distributed import Workers
 from .initialise import initialise_vae
-from .loop import Loop
+from .loop import Loop, mixed_precision
 from .losses import vae_loss
 from .recipe import CANVAS, TINY_VAE, Recipe
 
@@ -73,7 +73,7 @@ class _Autoencoder:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         whole = self.decoder_only or step >= self.recipe.vae.steps * (1 - self.recipe.vae_full_share)
         frames = _batch(1, None, rng) if whole else _batch(self.recipe.vae_batch, self.recipe.vae_crop, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             with torch.set_grad_enabled(not self.decoder_only):
                 mean, logvar = self._moments(frames, generator)
             latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
@@ -92,7 +92,7 @@ def psnr(vae: VideoVAE, seeds: range) -> float:
     values = []
     for seed in seeds:
         frames = to_tensor(make_clip(seed, CANVAS).frames)[None]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), mixed_precision():
             mean = per_frame(vae.quant_conv, vae.encode_tile(frames))[:, : TINY_VAE.latent_channels]
             decoded = vae.decode_tile(per_frame(vae.post_quant_conv, mean)).float().clamp(-1, 1)
         values.append(float(-10 * torch.log10((decoded - frames).square().mean() / 4)))
