@@ -81,10 +81,12 @@ RECIPE = Recipe(
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
-    """Return the recipe with every stage ``factor`` times as long, for trials."""
+    """Return the recipe with every stage ``factor`` times as long, and no more clips per step than steps, for trials."""
     def shorter(settings: LoopSettings) -> LoopSettings:
         return replace(settings, steps=max(2, round(settings.steps * factor)), decay=round(settings.decay * factor))
 
-    return replace(recipe, vae=shorter(recipe.vae), decoder=shorter(recipe.decoder), dit=shorter(recipe.dit),
-                   ti2v=shorter(recipe.ti2v), num_ti2v=max(8, round(recipe.num_ti2v * factor)),
-                   vfi=shorter(recipe.vfi), num_latents=max(8, round(recipe.num_latents * factor)))
+    dit, ti2v = shorter(recipe.dit), shorter(recipe.ti2v)
+    return replace(recipe, vae=shorter(recipe.vae), decoder=shorter(recipe.decoder), dit=dit, ti2v=ti2v,
+                   dit_batch=min(recipe.dit_batch, dit.steps), ti2v_batch=min(recipe.ti2v_batch, ti2v.steps),
+                   num_ti2v=max(2, round(recipe.num_ti2v * factor)),
+                   vfi=shorter(recipe.vfi), num_latents=max(2, round(recipe.num_latents * factor)))

@@ -402,7 +402,7 @@ def test_the_command_makes_a_model_folder_that_loads(tmp_path: Path) -> None:
     from allegro_model import AllegroPipeline
 
     command = [sys.executable, "-m", "allegro_model.training", "--out", str(tmp_path / "made"), "--scale", "0.0002",
-               "--processes", "2", "--stages", "tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "export"]
+               "--processes", "1", "--stages", "tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "export"]
     subprocess.run(command, check=True, env=_environment(), cwd=tmp_path)
     frames = AllegroPipeline.from_pretrained(tmp_path / "made")("a red circle moving left on a blue background", num_steps=2)
     assert frames.shape == (1, 3, 24, 64, 96)
