@@ -1,6 +1,7 @@
 """Streaming: the numbers of a network that was moved as a whole, with one or two layers where it runs."""
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch import nn
 
 from allegro_model import AllegroPipeline, pipeline
 from allegro_model.errors import NotEnoughMemory, ScheduleError
+from allegro_model.loading import bundled_model
+from allegro_model.loading.convert import convert_checkpoint
+from allegro_model.quantised import QuantisedLinear
 from allegro_model.streaming import AtOnce, Streamed, layers_of_dit, streamed_bytes, whole_bytes
 
 CPU = torch.device("cpu")
@@ -148,6 +152,33 @@ def test_a_streamed_run_draws_the_same_clip(frames, monkeypatch):
     tiny = AllegroPipeline.from_pretrained("tiny", device="cpu", offload="stream")
     assert torch.equal(tiny("a red circle moves right", **SMALL), frames)
     assert streamed == [tiny.load_text_encoder().model.config.num_layers, 3 * tiny.dit_config.num_layers]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The bundled model with its matrices in int8."""
+    root = tmp_path_factory.mktemp("models") / "Packed"
+    shutil.copytree(bundled_model("tiny"), root)
+    for part, name in (("transformer", "diffusion_pytorch_model.safetensors"), ("text_encoder", "model.safetensors")):
+        convert_checkpoint(root / part / name, root / part / "new.safetensors", "int8")
+        (root / part / "new.safetensors").replace(root / part / name)
+    return root
+
+
+@pytest.mark.parametrize(("quantised", "options"), [
+    (False, {"dtype": "bf16"}), (False, {"loras": [("tiny/orange", 0.8)], "cache": "draft", "num_steps": 8}), (True, {}),
+    (True, {"dtype": "bf16", "loras": [("tiny/orange", 0.8)], "cache": "draft"})], ids=str)
+def test_streamed_runs_are_bit_equal_with_everything_else(quantised, options, packed):
+    options = dict(options)
+    call = {"width": 32, "height": 16, "num_frames": 4, "num_steps": 3, "seed": 7}
+    call |= {name: options.pop(name) for name in ("cache", "num_steps") if name in options}
+    root = packed if quantised else "tiny"
+    runs = [AllegroPipeline.from_pretrained(root, device="cpu", offload=offload, **options) for offload in ("none", "stream")]
+    whole, streamed = (run("a red circle moves right", **call) for run in runs)
+    assert torch.equal(whole, streamed)
+    layer = runs[1]._load_dit().transformer_blocks[0].attn1.to_q
+    assert isinstance(layer, QuantisedLinear) is quantised
+    assert getattr(layer, "_copied", None) is None, "nothing of it stays on the device"
 
 
 def test_large_weights_of_another_type_are_not_converted_as_a_whole_on_a_cpu(monkeypatch):
