@@ -31,7 +31,6 @@ class _Outside:
 
     kernel: Attention | None = None
 
-    @torch.compiler.disable
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         assert self.kernel is not None
         return self.kernel(*inputs, **options)
@@ -49,6 +48,7 @@ class CompiledBlocks:
         self.failure = ""  # why the blocks run without the compiler
         self._compiled: Callable[..., Tensor] | None = None
         self._outside = _Outside()
+        self._attention: Callable[..., Tensor] = self._outside
 
     @contextmanager
     def applied(self, blocks: Iterable[Any]) -> Iterator[None]:
@@ -69,9 +69,11 @@ class CompiledBlocks:
             return Block.forward(block, *inputs)
         try:
             if self._compiled is None:
+                # Not when this module is imported: it brings the compiler with it, which takes seconds.
+                self._attention = torch.compiler.disable(self._outside.__call__)
                 self._compiled = torch.compile(Block.forward, backend=self.backend)
             self._outside.kernel = inputs[_ATTENTION]
-            return self._compiled(block, *inputs[:_ATTENTION], self._outside)
+            return self._compiled(block, *inputs[:_ATTENTION], self._attention)
         except Exception as error:  # compilers raise types of their own
             if is_out_of_memory(error):
                 raise

@@ -108,9 +108,11 @@ class Streamed:
             saved = _save(self._rest)
             self._undo.append(lambda: _restore(saved))
             AtOnce().bring(self._rest, self._device, self._dtype)
+            # Not when this module is imported: it brings the compiler with it, which takes seconds.
+            before, after = (torch.compiler.disable(call) for call in (self._before, self._after))
             for i, layer in enumerate(self._layers):
-                self._undo += [layer.register_forward_pre_hook(lambda *_, i=i: self._before(i)).remove,
-                               layer.register_forward_hook(lambda *_, i=i: self._after(i)).remove]
+                self._undo += [layer.register_forward_pre_hook(lambda *_, i=i: before(i)).remove,
+                               layer.register_forward_hook(lambda *_, i=i: after(i)).remove]
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -125,7 +127,6 @@ class Streamed:
             while self._undo:
                 self._undo.pop()()
 
-    @torch.compiler.disable
     def _before(self, i: int) -> None:
         if self._last is not None:
             self._follows[self._last] = i
@@ -135,7 +136,6 @@ class Streamed:
             self._bring(i)
         self._transfer.wait(self._there[i][1])
 
-    @torch.compiler.disable
     def _after(self, i: int) -> None:
         self._last = i
         for other in list(self._there):

@@ -122,3 +122,11 @@ def test_the_walk_sees_a_forbidden_import(tmp_path: Path) -> None:
     file.write_text("import comfy.utils\ndef f():\n    from diffusers import x\n    from ..vae import tiling\n")
     found = list(imports(file))
     assert found == [(1, "comfy.utils", True), (3, "diffusers", False), (4, "..vae", False)]
+
+
+def test_importing_does_not_bring_the_compiler() -> None:
+    """A decorator of torch.compiler imports it, which takes seconds in every start; a call where it is needed does not."""
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
+            assert not any(name.startswith("torch.compile") for name in found), f"{path}:{node.lineno}: {found}"
