@@ -10,9 +10,9 @@ from allegro_model.config import VAEConfig
 from allegro_model.vae import Tiling, VideoVAE
 
 CONFIG = {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 32, "scaling_factor": 0.13235}
-TILING = Tiling(16, 32, 48, 8, 16, 8)
+TILING = Tiling(8, 16, 24, 4, 8, 8)
 # one tile; 2 x 2 x 2 tiles, exactly tile + stride, which is all that diffusers can do
-SIZES = [(16, 32, 48), (24, 48, 88)]
+SIZES = [(8, 16, 24), (12, 24, 40)]
 
 
 def build() -> tuple[VideoVAE, nn.Module]:
