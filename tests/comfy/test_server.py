@@ -22,9 +22,9 @@ from allegro_model.training.analyse import compare
 pytestmark = pytest.mark.comfy
 
 IMAGE_WORKFLOWS = ("image_to_video", "first_last_frame", "keyframes", "continue_video")  # in test_image_server.py
-# Those that interpolate frames: test_interpolation.py; all of them, and those of earlier versions: test_workflows.py.
+# Those that interpolate frames: test_interpolation.py; all of them, storyboards too, and those of earlier versions: test_workflows.py.
 API_WORKFLOWS = [path for path in sorted((PACK / "workflows" / "api").glob("*.json")) if path.stem[3:] not in IMAGE_WORKFLOWS
-                 and not re.search("AllegroFrameInterpolate|AllegroVideoVAEEncode", path.read_text(encoding="utf-8"))]
+                 and not re.search("AllegroFrameInterpolate|AllegroVideoVAEEncode|AllegroStoryboard", path.read_text(encoding="utf-8"))]
 BUNDLED = "allegro-tiny (bundled)"
 ASSETS = PACK / "allegro_model" / "assets" / "tiny"
 TINY_PROMPT = "a red circle moves right over a blue background"

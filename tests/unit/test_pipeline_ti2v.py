@@ -180,7 +180,7 @@ def test_a_condition_of_another_size_is_refused(ti2v: AllegroPipeline) -> None:
 
 
 def test_an_encode_that_cannot_fit_is_refused(ti2v: AllegroPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(pipeline, "free_bytes", lambda device: 1 << 18)
     with pytest.raises(NotEnoughMemory):
         ti2v(PROMPT, given={0: picture()})
 

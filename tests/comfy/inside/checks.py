@@ -881,12 +881,13 @@ def check_weights_of_a_plain_patcher_have_the_dtype_of_the_arithmetic(h: Host) -
         vae = h.module("nodes.bridge.vae").load_vae(str(root / "vae"), disable_dynamic=True)
         text.SMALL_MODEL_PARAMETERS = 1  # so that this float32 encoder counts as large
         clip = text.load_t5(str(root / "text_encoder"), device="cpu", disable_dynamic=True)
+        encoder = clip.cond_stage_model.t5xxl.transformer  # read when it is asked for
     finally:
         memory.aimdo_enabled, comfy.utils.load_safetensors = False, read
         text.SMALL_MODEL_PARAMETERS = h.module("nodes.bridge.compat").SMALL_MODEL_PARAMETERS
         shutil.rmtree(root)
     for module, dtype in ((dit.model.diffusion_model, torch.float32), (vae.first_stage_model, torch.float32),
-                          (clip.cond_stage_model.t5xxl.transformer, torch.bfloat16)):
+                          (encoder, torch.bfloat16)):
         assert {p.dtype for p in module.parameters()} == {dtype}
     context = torch.randn((1, 20, 64), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
