@@ -59,7 +59,7 @@ class Row:
 
 def dit_rows(dtype: str, *sizes: tuple[int, tuple[int, int, int]]) -> Iterator[Row]:
     for tokens, shape in sizes:
-        yield Row(f"DiT forward, {tokens:,} tokens, {dtype}", "dit", {"dtype": dtype, "shape": shape}, 130 if tokens > 10_000 else 25)
+        yield Row(f"DiT forward, {tokens:,} tokens, {dtype}", "dit", {"dtype": dtype, "shape": shape})
 
 
 def vae_row(direction: str, dtype: str, size: tuple[int, int, int], tile: tuple[int, int, int], seconds: float = 25) -> Row:
