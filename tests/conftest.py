@@ -1,6 +1,8 @@
 """Options of all tests."""
 
 import os
+import re
+from typing import Any
 
 import pytest
 
@@ -9,14 +11,20 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What stays in one process of `-n`: a file, and all tests that share a server, its browser or its model folder."""
-    for item in items:
-        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        shared = params.get("front_end") or params.get("comfyui")
-        group = str(item.path) if shared is None or item.path.name == "test_inside.py" else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {shared} {group}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What stays in one process of `-n`: a file, and all tests that share a ComfyUI server or a browser."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            version = re.search(r"\[(\d+\.\d+\.\d+)", test)  # of ComfyUI: the first parameter
+            if version is None or file.endswith("test_inside.py"):
+                return file + (version[1] if version else "")
+            return f"comfy {version[1]}" if file.startswith("comfy/") else nodeid.partition("[")[2]
+
+    return Scheduling(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
