@@ -44,7 +44,7 @@ def scores(with_lora: Any) -> dict[str, tuple[int, int]]:
 
 
 def test_without_the_lora_no_object_has_the_colour() -> None:
-    clips = generate(load_models(ROOT), new_cases(), load_sampling_defaults(ROOT))
+    clips = generate(load_models(ROOT), new_cases()[::2], load_sampling_defaults(ROOT))
     found = [analyse(clip, "shape")["object"] for clip in clips]
     assert found.count(LORA_COLOUR) <= 0.1 * len(found), found
 
@@ -57,7 +57,7 @@ def test_with_it_prompts_are_followed(attribute: str, least: float, scores: dict
 
 
 def test_other_prompts_are_drawn_as_before(with_lora: Any) -> None:
-    cases = evaluation_cases(shapes=12, scenes=3)
+    cases = evaluation_cases(shapes=8, scenes=2)
     found = score(generate(with_lora, cases, load_sampling_defaults(ROOT)), cases)
     assert all(right / total >= 0.75 for right, total in found.values()), found
     right, total = (sum(counts) for counts in zip(*found.values(), strict=True))

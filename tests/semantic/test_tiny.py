@@ -26,7 +26,7 @@ from allegro_model.training.vae_stage import psnr, to_tensor
 from allegro_model.vae import normalise
 
 ASSETS = Path(allegro_model.__file__).parent / "assets" / "tiny"
-CASES = evaluation_cases(shapes=48, scenes=8)
+CASES = evaluation_cases(shapes=24, scenes=4)
 THRESHOLDS = {
     "shape.background": 0.95,
     "shape.object": 0.95,
@@ -62,10 +62,10 @@ def scores(clips) -> dict[str, tuple[int, int]]:
 def test_prompts_are_new_to_the_model() -> None:
     reserved = set(combinations(held_out=True))
     shapes = [case.attributes for case in CASES if case.attributes["kind"] == "shape"]
-    assert len(shapes) >= 48
+    assert len(shapes) >= 24
     for a in shapes:
         assert (a["object"], a["background"], a["shape"], a["direction"]) in reserved
-    assert len({case.seed for case in CASES}) >= 48
+    assert len({case.seed for case in CASES}) >= 24
 
 
 @pytest.mark.parametrize("attribute", list(THRESHOLDS))
@@ -114,8 +114,8 @@ def test_the_right_caption_predicts_the_noise_better_than_the_opposite_one(model
 
 def test_the_vae_keeps_what_a_prompt_says(models) -> None:
     vae = models[2]
-    assert psnr(vae, range(810_000, 810_008)) >= 28.0
-    for seed in range(810_000, 810_008):
+    assert psnr(vae, range(810_000, 810_004)) >= 28.0
+    for seed in range(810_000, 810_004):
         clip = make_clip(seed)
         decoded = vae.decode(vae.encode(to_tensor(clip.frames)[None])[0])
         found = analyse(to_frames(decoded[0]), clip.attributes["kind"])

@@ -29,10 +29,10 @@ from allegro_model.training.evaluate_ti2v import (
 
 ASSETS = Path(allegro_model.__file__).parent / "assets" / "tiny-ti2v"
 CASES = {
-    "first": shape_cases("first", 16),
-    "motion only": shape_cases("first", 16, named=False),
-    **{task: shape_cases(task, 8) for task in ("both", "last", "continue")},
-    "scenes": [case for kind in ("sea", "clouds", "ball") for case in scene_cases(kind, 4)],
+    "first": shape_cases("first", 12),
+    "motion only": shape_cases("first", 12, named=False),
+    **{task: shape_cases(task, 4) for task in ("both", "last", "continue")},
+    "scenes": [case for kind in ("sea", "clouds", "ball") for case in scene_cases(kind, 2)],
 }
 
 #: Median and worst of the dB that a given picture may lose against the VAE's reconstruction of the clip it is from.
