@@ -180,7 +180,7 @@ def text_seconds(config: Mapping[str, Any], *, device: torch.device, dtype: torc
     d, ff = config["d_model"], config["d_ff"]
     x, weight = (torch.randn(n, d, device=device, dtype=dtype) for n in (TEXT_TOKENS, ff))
     F.linear(x, weight)
-    seconds = min(seconds_of(lambda: F.linear(x, weight), device) for _ in range(3))
+    seconds = min(seconds_of(lambda: F.linear(x, weight), device) for _ in range(6))
     return seconds * text_flops(config, TEXT_TOKENS) / (2 * TEXT_TOKENS * d * ff)
 
 

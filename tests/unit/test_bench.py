@@ -96,7 +96,7 @@ def test_the_largest_size_that_fits_is_timed(clock: Callable[[float], None], bud
 
     assert at_largest(make, [1, 2, 4, 8], budget, CPU) == (size, float(size))
     assert max(calls) == size
-    assert calls.count(1) == 2
+    assert calls.count(size) > 3, "one that warms up, and three, of which one may be disturbed"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
