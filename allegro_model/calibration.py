@@ -96,7 +96,7 @@ class Calibrator:
             the calibration, and what was measured for it.
         Raises:
             OutputError: the folder cannot be made, or not be written to.
-        ValueError: the runs have so few steps that each is needed; see `MIN_STEPS`.
+            ValueError: the runs have so few steps that each is needed; see `MIN_STEPS`.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -187,8 +187,8 @@ def _quantised(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
 
 
 def _folder(stack: ExitStack) -> Path:
-    """One for as long as rows are measured."""
-    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    """One for as long as rows are measured. Weights stay mapped from files in it, which Windows does not remove."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
 
 
 def _decode(scope: Scope, stack: ExitStack) -> dict[str, Variant]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def convert(job: Job) -> None:
     output = Path(args.output)
     if not is_snapshot(source):
         check_output(output, force=job.force)
-        job.report.facts["tensors"] = _one(job, source, output)
+        job.report.facts["tensors"] = _one(job, source, output, output)
     else:
         job.report.facts["tensors"] = _whole(job, source, output)
     job.report.facts |= {"format": args.format, "output": [str(output)]}
@@ -43,7 +44,7 @@ def convert(job: Job) -> None:
 
 
 def _whole(job: Job, source: Path, output: Path) -> dict[str, object]:
-    """A model folder: both large parts converted, the others copied. One that was new and is not finished is removed."""
+    """A model folder: both large parts converted, the others copied. A new one appears when it is finished."""
     if output.suffix.lower() in WEIGHTS:
         raise OutputError(f"Cannot write {output}: {source} is a whole model, which is written as a folder. Give the name of one, or "
                           f"convert a part, such as {component_folder(source, 'transformer')}.")
@@ -52,22 +53,27 @@ def _whole(job: Job, source: Path, output: Path) -> dict[str, object]:
                           "another name.")
     if output.resolve() in (source.resolve(), *(component_folder(source, part).resolve().parent for part in _PARTS)):
         raise OutputError(f"{output} is the model itself, or one whose parts it shares. Choose another folder.")
-    new = not output.exists()
+    if output.exists():
+        return _parts(job, source, output, output)
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        return _parts(job, source, output)
-    except BaseException:
-        if new:
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+        found = _parts(job, source, unfinished, output)
+        with writing(output):
+            unfinished.rename(output)
+        return found
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _parts(job: Job, source: Path, output: Path) -> dict[str, object]:
+def _parts(job: Job, source: Path, output: Path, final: Path) -> dict[str, object]:
+    """Writes them to `output`, which will be called `final`."""
     found: dict[str, object] = {}
     for part, stem in _PARTS.items():
         folder, suffix = component_folder(source, part), suffix_of(job.args.format)
         with writing(output):
             (output / part).mkdir(parents=True, exist_ok=True)
-        found[part] = _one(job, folder, output / part / f"{stem}{suffix}")
+        name = f"{stem}{suffix}"
+        found[part] = _one(job, folder, output / part / name, final / part / name)
         with writing(output):
             for other in set(WEIGHTS) - {suffix}:  # of an earlier conversion: of two files only one would be read
                 (output / part / f"{stem}{other}").unlink(missing_ok=True)
@@ -82,21 +88,21 @@ def _parts(job: Job, source: Path, output: Path) -> dict[str, object]:
     return found
 
 
-def _one(job: Job, source: Path, output: Path) -> dict[str, object]:
-    """One file, and the table of what it lost."""
+def _one(job: Job, source: Path, output: Path, final: Path) -> dict[str, object]:
+    """One file, which will be called `final`, and the table of what it lost."""
     job.report.stage = "converting"
     with (job.report.measure("converting", torch.device("cpu")), job.console.progress("Converting", "tensor") as bar):
         done = convert_checkpoint(source, output, job.args.format, force=job.force, progress=bar.update)
-    job.console.say(_table(done, output))
+    job.console.say(_table(done, final, output.stat().st_size))
     return {tensor.name: {"stored_as": tensor.stored_as, "bytes": tensor.num_bytes, "relative_error": tensor.relative}
             for tensor in done}
 
 
-def _table(done: list[Converted], output: Path) -> str:
+def _table(done: list[Converted], output: Path, num_bytes: int) -> str:
     kinds: dict[str, list[Converted]] = {}
     for tensor in done:
         kinds.setdefault(tensor.stored_as, []).append(tensor)
-    lines = [f"{output}: {size(output.stat().st_size)}. Relative error (root mean square), over all tensors "
+    lines = [f"{output}: {size(num_bytes)}. Relative error (root mean square), over all tensors "
              f"{_overall(done):.4f}; by type:"]
     lines += [f"  {kind:<14} {len(of):>5} tensors {size(sum(t.num_bytes for t in of)):>11}  {_overall(of):.4f}"
               for kind, of in kinds.items()]

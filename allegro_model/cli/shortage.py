@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..memory import free_bytes
 from .console import size
@@ -17,7 +17,8 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _VAE = "encoding the|encoding$|decoding|calibrating"
 _NETWORKS = "sampling|calibrating"
 _WEIGHTS = f"{_NETWORKS}|prompt"
-_CLIP = f"{_NETWORKS}|{_VAE}|video|interpolating"
+_MEASURING = "measuring|profiling"
+_CLIP = f"{_NETWORKS}|{_VAE}|{_MEASURING}|video|interpolating"
 
 
 class _Remedy(NamedTuple):
@@ -26,27 +27,37 @@ class _Remedy(NamedTuple):
     Attributes:
         option: the command has it, or else this is no remedy.
         stages: a pattern of those it helps in.
-        left: whether there is something left to change, from the value.
+        left: whether there is something left to change.
         text: for the message.
     """
 
     option: str
     stages: str
-    left: Callable[[Any], bool]
+    left: Callable[[argparse.Namespace], bool]
     text: str
 
 
-def _always(value: Any) -> bool:
+def _always(args: argparse.Namespace) -> bool:
     return True
+
+
+def _in_float32(args: argparse.Namespace) -> bool:
+    """Whether networks run in it: "auto" takes 16 bits on a GPU."""
+    from ..pipeline import resolve_device
+    return args.dtype == "fp32" or (args.dtype == "auto" and args.device in ("auto", "cpu")
+                                    and resolve_device(args.device).type == "cpu")
 
 
 # The most likely cure first.
 _REMEDIES = [
-    _Remedy("offload", _WEIGHTS, lambda value: value != "stream", "--offload stream"),
-    _Remedy("dtype", f"{_NETWORKS}|interpol", lambda value: value in ("auto", "fp32"), "--dtype bf16"),
+    _Remedy("offload", _WEIGHTS, lambda args: args.offload != "stream", "--offload stream"),
+    _Remedy("dtype", _NETWORKS, _in_float32, "--dtype bf16"),
+    _Remedy("dtype", "interpol", lambda args: args.command == "interpolate" and _in_float32(args), "--dtype bf16"),
     _Remedy("transformer", _WEIGHTS, _always, "weights that `allegro convert` made smaller"),
-    _Remedy("tiles_per_batch", _VAE, lambda value: value > 1, "--tiles-per-batch 1"),
+    _Remedy("tiles_per_batch", _VAE, lambda args: args.tiles_per_batch > 1, "--tiles-per-batch 1"),
     _Remedy("tile", _VAE, _always, "a smaller --tile"),
+    _Remedy("layers", _MEASURING, _always, "fewer --layers"),
+    _Remedy("size", _MEASURING, _always, "a smaller --size"),
     _Remedy("frames", _CLIP, _always, "fewer --frames"),
     _Remedy("width", _CLIP, _always, "a smaller --width and --height"),
 ]
@@ -61,7 +72,7 @@ def explain_shortage(args: argparse.Namespace, stage: str, error: BaseException)
         error: see `is_out_of_memory`.
     """
     remedies = [remedy.text for remedy in _REMEDIES
-                if hasattr(args, remedy.option) and re.search(remedy.stages, stage) and remedy.left(getattr(args, remedy.option))]
+                if hasattr(args, remedy.option) and re.search(remedy.stages, stage) and remedy.left(args)]
     if getattr(args, "resume", None):  # a run that goes on keeps its size
         remedies = [text for text in remedies if "--frames" not in text and "--width" not in text]
     if args.command == "interpolate":

@@ -115,7 +115,8 @@ class QuantisedLinear(QuantisedLayer):
             return down.to(x), up.to(x)
         kept = self._copied
         if kept is None or kept[0] is not down or kept[1] is not up or (kept[2].device, kept[2].dtype) != (x.device, x.dtype):
-            self._copied = kept = (down, up, down.to(x), up.to(x))
+            with torch.inference_mode(False), torch.no_grad():  # they must serve a later run that has gradients
+                self._copied = kept = (down, up, down.to(x, copy=True), up.to(x, copy=True))
         return kept[2], kept[3]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLayer:

@@ -20,11 +20,6 @@ from ...allegro_model.tensors import shorten
 
 Weights = dict[str, Tensor]
 
-# Below this size reduced precision gains nothing, and the first step amplifies its rounding 157-fold. The same
-# number as in allegro_model.pipeline; a test keeps the two together.
-SMALL_MODEL_PARAMETERS = 100_000_000
-
-
 def accepts(function: Callable[..., Any], name: str) -> bool:
     """True if `function` has a parameter of that name."""
     return name in inspect.signature(function).parameters

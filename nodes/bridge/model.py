@@ -26,10 +26,10 @@ from ...allegro_model.errors import GeometryError, TextError, UnsupportedCheckpo
 from ...allegro_model.geometry import LatentShape, estimate_sampling_bytes
 from ...allegro_model.loading import check_tensors, component_folder, dit_config_from_shapes
 from ...allegro_model.loading.files import read_json
+from ...allegro_model.pipeline import SMALL_MODEL_PARAMETERS
 from ...allegro_model.quantised import install
 from .cache import calibration_of, reuse_of
 from .compat import (
-    SMALL_MODEL_PARAMETERS,
     PackedPatcher,
     assign_option,
     cut_to_window,

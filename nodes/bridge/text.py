@@ -22,10 +22,11 @@ from ...allegro_model.config import SAMPLING_88X720P
 from ...allegro_model.errors import CheckpointError, UnsupportedCheckpoint
 from ...allegro_model.loading import check_tensors, load_sampling_defaults, open_source, t5_config_from_shapes
 from ...allegro_model.loading.dimensions import t5_shapes
+from ...allegro_model.pipeline import SMALL_MODEL_PARAMETERS
 from ...allegro_model.prompt_store import PromptStore, files_identity, prompt_key
 from ...allegro_model.quantised import install
 from ...allegro_model.text.unicode_repair import join_surrogates
-from .compat import SMALL_MODEL_PARAMETERS, make_clip, remember_loader, text_quantisation
+from .compat import make_clip, remember_loader, text_quantisation
 from .paths import snapshot_root
 from .progress import cancel_before, stage
 from .weights import OpenedFile, open_file

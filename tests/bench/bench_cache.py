@@ -204,8 +204,7 @@ prompt" counts what image analysis finds in the clips. The released weights have
 How often clips of few steps follow their prompt, without a cache. Five steps of any sampler are enough for what the bundled model
 is asked to draw, so this hardly tells samplers apart; the released models were made for 100. Rows without a word have the
 reference's spacing of noise levels, the one that the package has; "karras" and "trailing" (ComfyUI's sgm_uniform) are spacings that
-ComfyUI's own sampler nodes offer. Every sampler keeps the score with the reference's and with trailing; only dpmpp_2m_sde with karras
-lost any of it.
+ComfyUI's own sampler nodes offer; they were tried with fewer clips, and counts compare within rows of as many.
 
 {FEW_HEADER}
 {chr(10).join(few)}

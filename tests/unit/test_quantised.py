@@ -145,6 +145,15 @@ def test_factors_are_copied_once_until_they_change_or_move() -> None:
     assert layer._copied is None, "nothing had to be copied"
 
 
+def test_factors_that_were_copied_without_gradients_serve_a_run_with_them() -> None:
+    layer, x = linear(), matrix(5, 64, 3).bfloat16()
+    with torch.inference_mode():
+        layer(x)
+    x = x.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
 @pytest.mark.parametrize("when", range(5))
 def test_a_move_that_fails_half_way_can_be_tried_again(when: int) -> None:
     layer, x, moved = linear(), matrix(5, 64, 3), 0

@@ -251,10 +251,6 @@ def check_scale_factor_is_the_models_own(h: Host) -> None:
     assert parts(h)[0].model.latent_format.scale_factor == 0.13235
 
 
-def check_small_models_compute_in_float32_as_on_the_command_line(h: Host) -> None:
-    assert h.module("nodes.bridge.compat").SMALL_MODEL_PARAMETERS == h.module("allegro_model.pipeline").SMALL_MODEL_PARAMETERS
-
-
 # Sampling
 
 
@@ -884,7 +880,7 @@ def check_weights_of_a_plain_patcher_have_the_dtype_of_the_arithmetic(h: Host) -
         encoder = clip.cond_stage_model.t5xxl.transformer  # read when it is asked for
     finally:
         memory.aimdo_enabled, comfy.utils.load_safetensors = False, read
-        text.SMALL_MODEL_PARAMETERS = h.module("nodes.bridge.compat").SMALL_MODEL_PARAMETERS
+        text.SMALL_MODEL_PARAMETERS = h.module("allegro_model.pipeline").SMALL_MODEL_PARAMETERS
         shutil.rmtree(root)
     for module, dtype in ((dit.model.diffusion_model, torch.float32), (vae.first_stage_model, torch.float32),
                           (encoder, torch.bfloat16)):
