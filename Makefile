@@ -32,7 +32,7 @@ types: $(VENV)/test.stamp
 
 # The pytest script, not `python -m pytest`: the latter puts this folder on sys.path, where nodes/ would hide ComfyUI's nodes.py.
 pytest: $(VENV)/test.stamp
-	$(BIN)/pytest tests -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/pytest tests -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python tests/bench/bench_core.py --write docs/benchmarks.md

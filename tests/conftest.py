@@ -24,6 +24,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return file + (version[1] if version else "")
             return f"comfy {version[1]}" if file.startswith("comfy/") else nodeid.partition("[")[2]
 
+    config.option.loadscopereorder = False  # those with servers come first: they take longest
     return Scheduling(config, log)
 
 

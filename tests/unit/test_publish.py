@@ -82,7 +82,7 @@ def test_every_system_runs_the_tests() -> None:
     assert jobs["windows"]["runs-on"] == "windows-latest"
     for job in ("make", "python"):
         assert ".ci/run" in commands(workflow, job).splitlines()
-    for command in ("ruff check .", "mypy", "pytest tests"):  # what .ci/run does by `make test`
+    for command in ("ruff check .", "mypy", "pytest tests -n logical --maxprocesses 4"):  # what .ci/run does by `make test`
         assert command in commands(workflow, "windows").splitlines()
         assert command in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
