@@ -26,7 +26,7 @@ from .networks import Networks
 
 TEXT_TOKENS = 128  # of a prompt in the official template; nothing but the text encoder depends much on it
 BUDGET = 0.5
-_TILE_BUDGET = 5.0  # a small VAE is timed with its whole tile: small parts of one take up to twice as long for each cell
+_TILE_BUDGET = 10.0  # a small VAE is timed with its whole tile: small parts of one take up to twice as long for each cell
 _FEW_OPERATIONS = 10**10  # of a text encoder that takes longer between its products than in them
 _FEWEST_TOKENS = 512  # with fewer, weights are read more than they are used
 

@@ -32,7 +32,8 @@ class Tiling:
         tile_frames, tile_height, tile_width: size of a tile; frames a multiple of 4, pixels of 8.
         overlap_frames, overlap_height, overlap_width: shared with the next tile; same multiples, less than
             the tile.
-        tiles_per_batch: tiles through the network at once; more is faster and needs more memory.
+        tiles_per_batch: tiles through the network at once; more needs more memory, and is faster on a device that one
+            does not fill. A number, not what happens to fit: the same clip has to round the same way every time.
     """
 
     tile_frames: int
