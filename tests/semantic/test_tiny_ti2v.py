@@ -31,7 +31,7 @@ ASSETS = Path(allegro_model.__file__).parent / "assets" / "tiny-ti2v"
 CASES = {
     "first": shape_cases("first", 12),
     "motion only": shape_cases("first", 12, named=False),
-    **{task: shape_cases(task, 4) for task in ("both", "last", "continue")},
+    **{task: shape_cases(task, count) for task, count in (("both", 4), ("last", 8), ("continue", 4))},
     "scenes": [case for kind in ("sea", "clouds", "ball") for case in scene_cases(kind, 2)],
 }
 
