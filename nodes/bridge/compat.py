@@ -20,6 +20,7 @@ from ...allegro_model.tensors import shorten
 
 Weights = dict[str, Tensor]
 
+
 def accepts(function: Callable[..., Any], name: str) -> bool:
     """True if `function` has a parameter of that name."""
     return name in inspect.signature(function).parameters

@@ -7,18 +7,7 @@ from typing import Any
 
 import torch
 from bootstrap import Host, call
-from checks import (
-    advanced,
-    conditioning,
-    empty,
-    ksampler,
-    one_block,
-    parts,
-    prompts,
-    raises,
-    relative,
-    sample,
-)
+from checks import advanced, conditioning, empty, ksampler, parts, prompts, raises, relative, sample
 from image_checks import core_run, first_and_last, image_model, pictures, reference_condition
 from image_checks import run as image_run
 from torch import Tensor
@@ -198,8 +187,8 @@ def check_a_compiled_model_works_with_the_cache(h: Host) -> None:
     """Predictions are used again as without the compiler; attentions are not, since it could not follow that."""
     node = h.extra("nodes_torch_compile", "TorchCompileModel")
     for level, like in (("draft", "draft"), ("broadcast", "off")):
-        compiled = call(node, model=with_cache(h, level, one_block(h)), backend="eager")
-        assert relative(sample(h, compiled, steps=12), sample(h, with_cache(h, like, one_block(h)), steps=12)) < 1e-3, level
+        compiled = call(node, model=with_cache(h, level), backend="eager")
+        assert relative(sample(h, compiled, steps=12), sample(h, with_cache(h, like), steps=12)) < 1e-3, level
 
 
 def check_the_cache_is_for_our_models_and_levels(h: Host) -> None:

@@ -40,15 +40,6 @@ def model(h: Host, name: str = "tiny-random/transformer", dtype: str = "default"
 
 
 @lru_cache(maxsize=1)
-def one_block(h: Host) -> Any:
-    """A MODEL of one block only, for what the compiler has to take apart whole: its time grows with the blocks."""
-    folder = h.base / "models" / "diffusion_models"
-    weights = load_file(folder / "dit.safetensors")
-    save_file({k: w for k, w in weights.items() if "blocks." not in k or "blocks.0." in k}, folder / "one_block.safetensors")
-    return model(h, "one_block.safetensors")
-
-
-@lru_cache(maxsize=1)
 def parts(h: Host) -> tuple[Any, Any, Any]:
     """MODEL, CLIP, VAE with random weights, loaded once."""
     clip = h.run("LoadAllegroT5", clip_name="tiny-random/text_encoder", device="default")
@@ -607,15 +598,18 @@ def check_the_line_about_a_run_names_the_cache(h: Host) -> None:
 def check_torch_compile_equals_eager(h: Host) -> None:
     """Backend eager of the compiler: the graph is captured as for any other backend, no C++ compiler is needed."""
     node = h.extra("nodes_torch_compile", "TorchCompileModel")
-    dit = call(node, model=one_block(h), backend="eager")
-    assert relative(ksampler(h, dit, steps=2), ksampler(h, one_block(h), steps=2)) < 1e-5
+    dit = call(node, model=parts(h)[0], backend="eager")
+    assert relative(ksampler(h, dit, steps=2), ksampler(h, parts(h)[0], steps=2)) < 1e-5
 
 
 def check_torch_compile_with_its_usual_backend(h: Host) -> None:
-    """ComfyUI's node as in its menu: inductor, which builds kernels."""
+    """ComfyUI's node as in its menu: inductor, which builds kernels; on one block, since that takes time."""
     if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         raise Skipped("the inductor backend needs a C++ compiler")
-    plain = one_block(h)
+    folder = h.base / "models" / "diffusion_models"
+    weights = load_file(folder / "dit.safetensors")
+    save_file({k: w for k, w in weights.items() if "blocks." not in k or "blocks.0." in k}, folder / "one_block.safetensors")
+    plain = model(h, "one_block.safetensors")
     compiled = call(h.extra("nodes_torch_compile", "TorchCompileModel"), model=plain, backend="inductor")
     assert compiled.model_options["torch_compile_kwargs"]["backend"] == "inductor"
     captured = torch._dynamo.utils.counters["stats"]

@@ -314,7 +314,7 @@ def expect_cancelled(job: Callable[[], Any]) -> None:
 
 
 def check_memory_is_stable_over_many_interpolations(h: Host) -> None:
-    process, sizes, images = psutil.Process(), [], panning(3)
+    process, sizes, images = psutil.Process(), [], panning(6)
     for run in range(20):
         interpolate(h, interpolator(h), images[:, : 32 + 4 * (run % 3)], multiplier=3)
         gc.collect()
