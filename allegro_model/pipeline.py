@@ -367,10 +367,6 @@ class AllegroPipeline:
         return must_stream(self.offload, self.device, parameters=sum(p.numel() for p in network.parameters()),
                            missing=whole_bytes(network, self.device, dtype), working=working)
 
-    def _fits(self, needed: int) -> bool:
-        free = free_bytes(self.device)
-        return free is None or needed < free
-
     # Stages
 
     def settings(self, **overrides: Any) -> SampleSettings:
@@ -567,8 +563,8 @@ class AllegroPipeline:
         s.check()
         sigmas = reference_sigmas(s.num_steps, s.denoise)
         noise = NoiseSource([s.seed], state.latents.shape[1:], skip=1 + state.step)
-        if self._vae is not None and self.device.type != "cpu" and not self._fits(
-                self._dit_bytes(s) + self.sampling_bytes(s)):
+        if self._vae is not None and self.device.type != "cpu" and not fits(
+                self._dit_bytes(s) + self.sampling_bytes(s), self.device):
             self._vae = None  # where frames were encoded; it is read again to decode
         cache = None if s.cache == "off" else StepCache(s.cache, self.cache_calibration())
         kernel, last = self.kernel(s, state.attention), state.denoised
@@ -680,7 +676,7 @@ class AllegroPipeline:
 
     def _make_room(self, needed: int) -> None:
         """Takes the transformer off the device when the VAE would not fit beside it."""
-        if self.device.type != "cpu" and not self._fits(needed):
+        if self.device.type != "cpu" and not fits(needed, self.device):
             self._dit = None  # it is read again, from the memory map, when the next run needs it
 
     def encode(self, frames: Tensor, *, progress: Progress | None = None) -> Tensor:
@@ -769,8 +765,13 @@ def must_stream(offload: str, device: torch.device, *, parameters: int, missing:
         return offload == "stream"
     if device.type == "cpu":  # converting it as a whole would take memory, converting a layer takes no time
         return missing > 0 and parameters >= SMALL_MODEL_PARAMETERS
+    return not fits(missing + working, device)
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether so many bytes are free; yes where nobody knows."""
     free = free_bytes(device)
-    return free is not None and missing + working >= free
+    return free is None or needed < free
 
 
 def check_finite(x: Tensor, where: str, remedy: str = "another copy of the file; the run that made it, again") -> None:
