@@ -86,8 +86,18 @@ class Tab:
         picture = dialog.locator("img").first
         picture.wait_for()
         self.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
-        card.click()
+        for _ in range(10):  # the list is drawn anew while one types: a click in that moment is lost
+            card.click()
+            if self._closes(dialog):
+                break
         self.wait_for_nodes(graph)
+
+    def _closes(self, dialog: Any) -> bool:
+        for _ in range(50):
+            if not dialog.is_visible():
+                return True
+            self.page.wait_for_timeout(200)
+        return False
 
     def wait_for_progress(self, node_type: str) -> None:
         """In the title of the page, or on the node."""
