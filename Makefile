@@ -1,18 +1,24 @@
-# Two commands for a fresh machine; each does its own set-up in .venv:
+# Two commands for a fresh machine, on Windows in Git Bash; each does its own set-up in .venv:
 #   make demo    one short video from a prompt, with the bundled small model
 #   make test    lint, types and every test
 #
 # Variables: PYTHON (interpreter for the virtual environment), TORCH (what pip installs as PyTorch),
 #            PROMPT and DEMO (prompt and file of the demo), PYTEST_ARGS (more arguments for pytest).
 
+ifeq ($(OS),Windows_NT)
+PYTHON      ?= python
+SCRIPTS     := Scripts
+else
 PYTHON      ?= python3
+SCRIPTS     := bin
+endif
 TORCH       ?= torch==2.13.0
 PROMPT      ?= a red circle moves right over a blue background
 DEMO        ?= demo.mp4
 PYTEST_ARGS ?=
 
 VENV := .venv
-BIN  := $(VENV)/bin
+BIN  := $(VENV)/$(SCRIPTS)
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test lint types pytest bench clean
