@@ -34,7 +34,6 @@ from .geometry import (
     LATENT_CHANNELS,
     check_memory,
     check_size,
-    estimate_decode_bytes,
     estimate_sampling_bytes,
     frames_bytes,
     latent_shape,
@@ -73,7 +72,7 @@ from .sampling.samplers import Callback, Denoise
 from .sampling.schedule import check_schedule
 from .streaming import Streamed, layers_of_dit, streamed_bytes, whole_bytes
 from .text import TextEncoder, format_negative, format_prompt
-from .vae import Tiling, VideoVAE, denormalise, normalise
+from .vae import Tiling, VideoVAE, decoding_bytes, denormalise, normalise
 from .vae.tiling import Progress
 
 log = logging.getLogger(__name__)
@@ -464,7 +463,7 @@ class AllegroPipeline:
         """
         free = free_bytes(self.device)
         if free is not None:
-            check_memory("The VAE", self._decode_bytes(num_frames, height, width), free,
+            check_memory("The VAE", self._decode_bytes(num_frames, height, width, free), free,
                          "smaller tiles; fewer tiles per batch; closing other programs")
 
     def sampling_bytes(self, settings: SampleSettings) -> int:
@@ -476,16 +475,13 @@ class AllegroPipeline:
         shape = latent_shape(settings.width, settings.height, settings.num_frames)
         return estimate_sampling_bytes(self.dit_config, shape, batch=batch, dtype_bytes=self.dit_dtype.itemsize)
 
-    def _decode_bytes(self, num_frames: int, height: int, width: int) -> int:
-        """Activations of one batch of tiles, and the window that tiles are blended in."""
-        config = self.vae_config
-        tiling = self.tiling or Tiling.from_config(config)
-        tile = (min(tiling.tile_frames, num_frames), min(tiling.tile_height, height),
-                min(tiling.tile_width, width))
-        _, rows, columns = tiling.plan((-(-num_frames // config.temporal_factor), -(-height // config.spatial_factor),
-                                        -(-width // config.spatial_factor)))
-        tiles = min(tiling.tiles_per_batch, len(rows.starts) * len(columns.starts))  # a batch never crosses time
-        return frames_bytes(width, height, tile[0]) + estimate_decode_bytes(config, tile, tiles=tiles, dtype_bytes=4)
+    def _decode_bytes(self, num_frames: int, height: int, width: int, free: int | None = None) -> int:
+        """What the VAE needs beside its weights; encoding needs less than decoding."""
+        return decoding_bytes(self.vae_config, self._vae_tiling(), (num_frames, height, width), device=self.device,
+                              dtype_bytes=4, free=free)
+
+    def _vae_tiling(self) -> Tiling:
+        return self.tiling or Tiling.from_config(self.vae_config)
 
     def condition(self, given: GivenFrames, *, posterior_noise: Tensor | None = None,
                   progress: Progress | None = None) -> Tensor:
@@ -646,7 +642,7 @@ class AllegroPipeline:
         """
         t, h, w = (int(n) for n in latents.shape[2:])
         self._make_room(self._decode_bytes(4 * t, 8 * h, 8 * w))
-        tiling = self.tiling or Tiling.from_config(self.vae_config)
+        tiling = self._vae_tiling()
         handed_out = 0
         try:
             for frames in self._decode_from(0, latents, tiling, progress):
@@ -654,7 +650,7 @@ class AllegroPipeline:
                 yield frames
             return
         except (MemoryError, RuntimeError) as error:
-            spare = tiling.tiles_per_batch > 1 or (self._dit is not None and self.device.type != "cpu")
+            spare = self.device.type != "cpu" or (tiling.tiles_per_batch or 1) > 1
             if not spare or not is_out_of_memory(error):
                 raise
         log.warning("Memory ran out while decoding. Trying once more, one tile at a time and without the transformer.")
@@ -666,12 +662,12 @@ class AllegroPipeline:
     def _decode_from(self, first: int, latents: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
         """The frames from number `first` on."""
         position = 0
-        for frames in self.vae.decode_stream(latents.to(self.device), tiling=tiling, progress=progress):
+        for frames in self.vae.decode_stream(latents.to(self.device), tiling=tiling, progress=progress, output_device="cpu"):
             new = frames[:, :, max(0, first - position) :]
             position += frames.shape[2]
             if new.shape[2]:
                 check_finite(new, "decoding", "other latents (are they finite?); intact weights of the VAE (allegro inspect)")
-                yield new.clamp(-1, 1).cpu()
+                yield new.clamp(-1, 1)
             del frames, new  # they keep the window that they are a view of
 
     def _make_room(self, needed: int) -> None:

@@ -11,9 +11,7 @@ from ..attention import Attention, sdpa
 from ..costs import DiTFlops, dit_flops
 from ..geometry import (
     LatentShape,
-    estimate_decode_bytes,
     estimate_sampling_bytes,
-    frames_bytes,
     latent_shape,
     token_count,
 )
@@ -21,7 +19,7 @@ from ..memory import both_prompts_fit
 from ..pipeline import SampleSettings, dit_dtype, must_stream, text_dtype
 from ..sampling import count_work, reference_timesteps
 from ..sampling.cache import BUNDLED, CacheCalibration
-from ..vae import Tiling
+from ..vae import Tiling, decoding_bytes
 from ..vfi import EMAInterpolator, pairs_per_batch
 from .networks import Networks
 from .speed import (
@@ -181,14 +179,10 @@ def _sampling(networks: Networks, settings: SampleSettings, machine: Machine, sh
 def _decoding(networks: Networks, settings: SampleSettings, machine: Machine, sampling: StageEstimate) -> StageEstimate:
     shape = latent_shape(settings.width, settings.height, settings.num_frames)
     tiling = machine.tiling or Tiling.from_config(networks.vae)
-    _, rows, columns = tiling.plan(shape)
     tiles, cells = tiles_of(tiling, shape)
     seconds = tiles * decode_seconds(networks, cells, device=machine.device)
-    pixels = (4 * cells[0], 8 * cells[1], 8 * cells[2])
-    at_once = min(tiling.tiles_per_batch, len(rows.starts) * len(columns.starts))
-    working = estimate_decode_bytes(networks.vae, pixels, tiles=at_once, dtype_bytes=4)
-    # Beside the network: the frames that a row of tiles is blended in.
-    working += frames_bytes(settings.width, settings.height, pixels[0])
+    working = decoding_bytes(networks.vae, tiling, (settings.num_frames, settings.height, settings.width),
+                             device=machine.device, dtype_bytes=4)
     weights = networks.vae_parameters * 4
     if machine.device.type == "cpu" and not sampling.streamed:  # the transformer stays where it is
         weights += sampling.weights_bytes

@@ -264,7 +264,7 @@ def check_loras_of(path: str, saved: Mapping[str, Any], loras: list[dict[str, An
 
 def _tiling(args: argparse.Namespace, pipeline: AllegroPipeline) -> Tiling | None:
     """--tile, --overlap and --tiles-per-batch; None when none is given, which means the model's own."""
-    if args.tile is None and args.overlap is None and args.tiles_per_batch == 1:
+    if args.tile is None and args.overlap is None and args.tiles_per_batch is None:
         return None
     own = Tiling.from_config(pipeline.vae_config)
     tile = args.tile or (own.tile_frames, own.tile_height, own.tile_width)

@@ -403,8 +403,9 @@ def _add_tiles(parser: Parser) -> None:
                        help="frames x height x width (released models: 24x320x320)")
     group.add_argument("--overlap", type=triple, metavar="FxHxW",
                        help="shared with the next tile (released models: 8x120x80; with --tile at most half of it)")
-    group.add_argument("--tiles-per-batch", type=int, metavar="N", default=1,
-                       help="tiles at once; more is faster and needs more memory (default 1)")
+    group.add_argument("--tiles-per-batch", type=int, metavar="N",
+                       help="tiles at once; more needs more memory (default: on a GPU what fits into a quarter of its memory, at "
+                            "most 8; on a CPU one)")
 
 
 def _lora(text: str) -> tuple[str, float]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..config import VAEConfig
 from ..errors import GeometryError
-from ..geometry import nearest_multiples
+from ..geometry import estimate_decode_bytes, estimate_encode_bytes, nearest_multiples
+from ..memory import free_bytes
 from ..ops import layers
+from .batching import Estimate, copy_beside, tiles_at_once
 from .blocks import (
     Downsample,
     FrameAttention,
@@ -239,9 +241,11 @@ class VideoVAE(nn.Module):
             frames = torch.cat((frames, frames[:, :, -1:].expand(-1, -1, missing, -1, -1)), dim=2)
         t, h, w = (size // s for size, s in zip(frames.shape[2:], scale, strict=True))
         run_on = torch.device(device) if device is not None else frames.device
-        moments = self._blend(
-            frames, (t, h, w), lambda tile: self.encode_tile(tile.to(run_on, self.dtype)), scale, (1, 1, 1),
-            tiling, progress)
+        tiling = tiling or Tiling.from_config(self.config)
+        moments = stream_tiles(
+            frames, tiling.plan((t, h, w)), lambda tile: self.encode_tile(tile.to(run_on, self.dtype)), source_scale=scale,
+            output_scale=(1, 1, 1), tiles_per_batch=self._at_once(estimate_encode_bytes, tiling, (t, h, w), run_on),
+            progress=progress)
         result = torch.cat(list(moments), dim=2)  # [B, 8, t, h, w], 1/192 of the frames
         mean, logvar = per_frame(self.quant_conv, result.to(self.dtype)).float().chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
@@ -266,37 +270,47 @@ class VideoVAE(nn.Module):
         T = min(num_frames or t * self.config.temporal_factor, t * self.config.temporal_factor)
         frames = torch.empty((B, 3, T, h * factor, w * factor), device=output_device or latents.device)
         position = 0
-        for part in self.decode_stream(latents, tiling=tiling, progress=progress):
+        for part in self.decode_stream(latents, tiling=tiling, progress=progress, output_device=frames.device):
             part = part[:, :, : T - position]
             frames[:, :, position : position + part.shape[2]] = part
             position += part.shape[2]
             del part  # lets go of the window it is a view of
         return frames
 
-    def decode_stream(self, latents: Tensor, *, tiling: Tiling | None = None,
-                      progress: Progress | None = None) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor, *, tiling: Tiling | None = None, progress: Progress | None = None,
+                      output_device: torch.device | str | None = None) -> Iterator[Tensor]:
         """Decodes a clip of any length in bounded memory.
 
         Args:
             latents: raw latents [B, 4, t, h, w].
             tiling: tile sizes; default the checkpoint's.
             progress: called with (tiles done, tiles in all); raising in it cancels.
+            output_device: where the frames go; default where `latents` are. From CUDA to the CPU they are copied while
+                the next tiles are computed.
         Yields:
             [B, 3, k, 8h, 8w] float32 frames in order, not clamped; k adds up to 4t.
         """
         self._check_rank("latents", latents, self.config.latent_channels)
+        tiling = tiling or Tiling.from_config(self.config)
         scale = (self.config.temporal_factor, self.config.spatial_factor, self.config.spatial_factor)
         t, h, w = latents.shape[2:]
+        device = torch.device(output_device or latents.device)
+        beside = copy_beside if latents.device.type == "cuda" and device.type == "cpu" else None
         with torch.no_grad():
             z = per_frame(self.post_quant_conv, latents.to(self.dtype))  # before tiling, as the reference
         # Not round the whole generator: that would keep what was yielded until the next part is there.
-        yield from self._blend(z, (t, h, w), torch.no_grad()(self.decode_tile), (1, 1, 1), scale, tiling, progress)
+        network = torch.no_grad()(self.decode_tile)
+        parts = stream_tiles(z, tiling.plan((t, h, w)), network, source_scale=(1, 1, 1), output_scale=scale, handover=beside,
+                             tiles_per_batch=self._at_once(estimate_decode_bytes, tiling, (t, h, w), z.device), progress=progress)
+        yield from map(lambda part: part.to(device), parts)
 
-    def _blend(self, source: Tensor, cells: Triple, network: Any, source_scale: Triple, output_scale: Triple,
-               tiling: Tiling | None, progress: Progress | None) -> Iterator[Tensor]:
-        tiling = tiling or Tiling.from_config(self.config)
-        return stream_tiles(source, tiling.plan(cells), network, source_scale=source_scale,
-                            output_scale=output_scale, tiles_per_batch=tiling.tiles_per_batch, progress=progress)
+    def _at_once(self, estimate: Estimate, tiling: Tiling, cells: Triple, device: torch.device) -> int:
+        """Tiles of a clip of (t, h, w) cells that go through the network at once."""
+        t, h, w = cells
+        factor = self.config.spatial_factor
+        size = (t * self.config.temporal_factor, h * factor, w * factor)
+        return tiles_at_once(estimate, self.config, tiling, size, device=device, dtype_bytes=self.dtype.itemsize,
+                             free=free_bytes(device))
 
     @staticmethod
     def _check_rank(name: str, x: Tensor, channels: int) -> None:

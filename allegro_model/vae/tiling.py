@@ -21,6 +21,7 @@ from ..config import VAEConfig
 from ..errors import GeometryError
 
 Progress = Callable[[int, int], None]
+Handover = Callable[[Tensor], Callable[[], Tensor]]  # begins a copy; what it returns waits for it
 Triple = tuple[int, int, int]
 
 
@@ -33,7 +34,7 @@ class Tiling:
         overlap_frames, overlap_height, overlap_width: shared with the next tile; same multiples, less than
             the tile.
         tiles_per_batch: tiles through the network at once; more needs more memory, and is faster on a device that one
-            does not fill. A number, not what happens to fit: the same clip has to round the same way every time.
+            does not fill. None: see `tiles_at_once`.
     """
 
     tile_frames: int
@@ -42,7 +43,7 @@ class Tiling:
     overlap_frames: int
     overlap_height: int
     overlap_width: int
-    tiles_per_batch: int = 1
+    tiles_per_batch: int | None = None
 
     def __post_init__(self) -> None:
         for axis, multiple in (("frames", 4), ("height", 8), ("width", 8)):
@@ -53,11 +54,11 @@ class Tiling:
             if overlap % multiple or not 0 <= overlap < tile:
                 raise GeometryError(f"overlap_{axis}={overlap}: must be a multiple of {multiple} from 0 to "
                                     f"{tile - multiple}, less than tile_{axis}={tile}.")
-        if self.tiles_per_batch < 1:
+        if self.tiles_per_batch is not None and self.tiles_per_batch < 1:
             raise GeometryError(f"tiles_per_batch={self.tiles_per_batch}: must be at least 1.")
 
     @classmethod
-    def from_config(cls, config: VAEConfig, tiles_per_batch: int = 1) -> Tiling:
+    def from_config(cls, config: VAEConfig, tiles_per_batch: int | None = None) -> Tiling:
         """The tiles the checkpoint was trained on."""
         return cls(config.tile_frames, config.tile_size, config.tile_size, config.overlap_frames,
                    *config.tile_overlap, tiles_per_batch=tiles_per_batch)
@@ -68,6 +69,11 @@ class Tiling:
         return (plan_axis(t, self.tile_frames // 4, self.overlap_frames // 4),
                 plan_axis(h, self.tile_height // 8, self.overlap_height // 8),
                 plan_axis(w, self.tile_width // 8, self.overlap_width // 8))
+
+    def tile_of(self, size: Triple) -> Triple:
+        """(frames, height, width) of the tiles of a clip of that size, which may be smaller than one."""
+        frames, height, width = size
+        return min(self.tile_frames, frames), min(self.tile_height, height), min(self.tile_width, width)
 
 
 class Axis(NamedTuple):
@@ -111,9 +117,53 @@ def blend_weights(axis: Axis, scale: int) -> list[Tensor]:
     return [w / total[s * scale : s * scale + length] for w, s in zip(weights, axis.starts, strict=True)]
 
 
+class _Window:
+    """The frames that tiles are blended into: as many as a tile has, at full size, float32.
+
+    Args:
+        batch: clips.
+        plan: tile positions along t, h, w, in cells.
+        scale: samples per cell.
+    """
+
+    def __init__(self, batch: int, plan: tuple[Axis, Axis, Axis], scale: Triple) -> None:
+        self._batch, self._plan, self._scale = batch, plan, scale
+        self._weights = [blend_weights(axis, s) for axis, s in zip(plan, scale, strict=True)]
+        self._frames = torch.empty(0)
+
+    def move_to(self, i: int, tiles: Tensor) -> None:
+        """Begins where the tiles of time `i` do. In new memory: whoever took frames of the old may still use them."""
+        times, rows, columns = self._plan
+        sizes = (times.tile * self._scale[0], self._batch, tiles.shape[1], rows.size * self._scale[1],
+                 columns.size * self._scale[2])
+        # One frame after the other, so that those which leave first are one piece.
+        frames = torch.zeros(sizes, device=tiles.device).movedim(0, 2)
+        if i > 0:
+            by = self._advance(i - 1)
+            frames[:, :, : frames.shape[2] - by] = self._frames[:, :, by:]
+        self._frames = frames
+
+    def add(self, tile: Tensor, b: int, index: Triple) -> None:
+        """Blends tile `index` of clip `b` in."""
+        _, y, x = _box(self._plan, index, self._scale)
+        t, h, w = (weights[i] for weights, i in zip(self._weights, index, strict=True))
+        weight = (t[:, None, None] * (h[:, None] * w)).to(tile.device)
+        self._frames[b, :, :, y, x].addcmul_(tile.float(), weight)
+
+    def ready(self, i: int) -> Tensor:
+        """Frames that no tile after those of time `i` touches."""
+        return self._frames[:, :, : self._advance(i)]
+
+    def _advance(self, i: int) -> int:
+        """Frames from one time to the next."""
+        times = self._plan[0]
+        following = times.starts[i + 1] if i + 1 < len(times.starts) else times.size
+        return (following - times.starts[i]) * self._scale[0]
+
+
 def stream_tiles(source: Tensor, plan: tuple[Axis, Axis, Axis], network: Callable[[Tensor], Tensor], *,
-                 source_scale: Triple, output_scale: Triple, tiles_per_batch: int,
-                 progress: Progress | None) -> Iterator[Tensor]:
+                 source_scale: Triple, output_scale: Triple, tiles_per_batch: int, progress: Progress | None,
+                 handover: Handover | None = None) -> Iterator[Tensor]:
     """Runs a network over tiles and yields the blended result along time.
 
     Memory beyond the source: one window of a tile's frames at full size, and one batch of tiles; a second window while
@@ -127,44 +177,37 @@ def stream_tiles(source: Tensor, plan: tuple[Axis, Axis, Axis], network: Callabl
         source_scale, output_scale: samples per cell along t, h, w in the source and in the result.
         tiles_per_batch: n.
         progress: called with (tiles done, tiles in all), first with 0; raising in it cancels.
+        handover: copies what is ready while the next tiles are computed; None yields the frames themselves.
     Yields:
-        [B, C', k, H, W] float32 in order of time, on the network's output device; their sizes along time
-        add up to the whole.
+        [B, C', k, H, W] float32 in order of time, on the network's output device or where `handover` copies them;
+        their sizes along time add up to the whole.
     """
     progress = progress or (lambda done, total: None)
     times, rows, columns = plan
-    weights = [blend_weights(axis, scale) for axis, scale in zip(plan, output_scale, strict=True)]
     jobs = list(product(range(source.shape[0]), range(len(rows.starts)), range(len(columns.starts))))
     total = len(times.starts) * len(jobs)
-    window: Tensor | None = None
-    done = 0
-    progress(done, total)
-    for i, start in enumerate(times.starts):
+    window = _Window(source.shape[0], plan, output_scale)
+    leaving: Callable[[], Tensor] | None = None
+    progress(0, total)
+    for i in range(len(times.starts)):
         for first in range(0, len(jobs), tiles_per_batch):
             batch = jobs[first : first + tiles_per_batch]
             boxes = [(b, _box(plan, (i, j, k), source_scale)) for b, j, k in batch]
             tiles = network(torch.stack([source[b][:, t, y, x] for b, (t, y, x) in boxes]))
-            if window is None:
-                window = _window(tiles, source.shape[0], plan, output_scale)
+            if leaving is not None:  # these tiles are under way: time to wait for the frames before them
+                yield leaving()
+                leaving = None
+            if first == 0:
+                window.move_to(i, tiles)
             for (b, j, k), tile in zip(batch, tiles, strict=True):
-                _, y, x = _box(plan, (i, j, k), output_scale)
-                weight = (weights[0][i][:, None, None] * (weights[1][j][:, None] * weights[2][k])).to(tile.device)
-                window[b, :, :, y, x].addcmul_(tile.float(), weight)
-            done += len(batch)
-            progress(done, total)
-        assert window is not None
-        following = times.starts[i + 1] if i + 1 < len(times.starts) else times.size
-        ready = (following - start) * output_scale[0]  # no later tile touches these
-        yield window[:, :, :ready]
-        if following < times.size:
-            window = _moved_on(window, ready)
-
-
-def _moved_on(window: Tensor, by: int) -> Tensor:
-    """A window that begins `by` frames later. A new one: whoever took frames of the old one may still use them."""
-    following = torch.zeros_like(window)
-    following[:, :, : window.shape[2] - by] = window[:, :, by:]
-    return following
+                window.add(tile, b, (i, j, k))
+            progress(i * len(jobs) + first + len(batch), total)
+        if handover is None:
+            yield window.ready(i)
+        else:
+            leaving = handover(window.ready(i))
+    if leaving is not None:
+        yield leaving()
 
 
 def _box(plan: tuple[Axis, Axis, Axis], index: Triple, scale: Triple) -> tuple[slice, slice, slice]:
@@ -172,9 +215,3 @@ def _box(plan: tuple[Axis, Axis, Axis], index: Triple, scale: Triple) -> tuple[s
     t, h, w = (slice(axis.starts[i] * s, (axis.starts[i] + axis.tile) * s)
                for axis, i, s in zip(plan, index, scale, strict=True))
     return t, h, w
-
-
-def _window(tiles: Tensor, batch: int, plan: tuple[Axis, Axis, Axis], scale: Triple) -> Tensor:
-    times, rows, columns = plan
-    shape = (batch, tiles.shape[1], times.tile * scale[0], rows.size * scale[1], columns.size * scale[2])
-    return torch.zeros(shape, dtype=torch.float32, device=tiles.device)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ...allegro_model.config import VAEConfig
 from ...allegro_model.errors import CheckpointMismatch, GeometryError, NonFiniteError, UnsupportedCheckpoint
-from ...allegro_model.geometry import estimate_decode_bytes, estimate_encode_bytes, frames_bytes
 from ...allegro_model.loading import check_tensors, vae_config_from_shapes
-from ...allegro_model.vae import Tiling, VideoVAE
+from ...allegro_model.vae import Tiling, VideoVAE, decoding_bytes, encoding_bytes
 from ...allegro_model.vae.blocks import ResNet, TemporalBlock
 from .compat import (
     DeviceMemoryFull,
@@ -128,19 +127,20 @@ class AllegroVAE(comfy.sd.VAE):
         module = self.first_stage_model
         images = torch.empty((len(samples), *shape, 3), dtype=intermediate_dtype(), device=self.output_device)
 
-        def work() -> None:
+        def work(tiling: Tiling) -> None:
             latents = samples.to(device=self.device, dtype=self.vae_dtype)
             progress, position = _batch_progress(len(samples)), 0
             for item in range(len(samples)):
                 position = 0
-                for frames in module.decode_stream(latents[item : item + 1], tiling=tiling, progress=progress(item)):
+                for frames in module.decode_stream(latents[item : item + 1], tiling=tiling, progress=progress(item),
+                                                   output_device=self.output_device):
                     self._check_finite(frames)
                     frames = frames[0].movedim(0, -1).mul_(0.5).add_(0.5).clamp_(0, 1)
                     images[item, position : position + len(frames)] = frames.to(images)
                     position += len(frames)
                     del frames  # lets go of the window it is a view of
 
-        self._run("decode", work, self._decode_bytes(tiling, shape, self.vae_dtype))
+        self._run("decode", work, tiling, lambda tiling: self._decode_bytes(tiling, shape, self.vae_dtype))
         return images
 
     def _check_finite(self, frames: Tensor) -> None:
@@ -168,14 +168,14 @@ class AllegroVAE(comfy.sd.VAE):
         """Encodes [B, 3, T, H, W] clip by clip; `prepare` brings each to [-1, 1] when its turn comes."""
         collected: list[Tensor] = []
 
-        def work() -> None:
+        def work(tiling: Tiling) -> None:
             collected.clear()
             progress = _batch_progress(len(clips))
             for item in range(len(clips)):
                 collected.append(self.first_stage_model.encode(prepare(clips[item : item + 1]), tiling=tiling,
                                                                progress=progress(item), device=self.device))
 
-        self._run("encode", work, self._encode_bytes(tiling, clips.shape[2:], self.vae_dtype))
+        self._run("encode", work, tiling, lambda tiling: self._encode_bytes(tiling, clips.shape[2:], self.vae_dtype))
         return torch.cat(collected).to(device=self.output_device, dtype=intermediate_dtype())
 
     def tiling(self, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int) -> Tiling:
@@ -211,23 +211,26 @@ class AllegroVAE(comfy.sd.VAE):
                        overlap_width=over_w)
 
     def _decode_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
-        """Decoding one tile of a clip of `size` (frames, height, width), and the float32 RGB window that tiles are blended in."""
-        tile = _at_most_the_clip(tiling, size)
-        window = frames_bytes(int(size[2]), int(size[1]), tile[0])
-        return window + estimate_decode_bytes(self.first_stage_model.config, tile, tiles=1, dtype_bytes=dtype.itemsize)
+        """Decoding a clip of `size` (frames, height, width)."""
+        return self._bytes(decoding_bytes, tiling, size, dtype)
 
     def _encode_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
-        """Encoding one tile of a clip of `size` (frames, height, width)."""
-        return estimate_encode_bytes(self.first_stage_model.config, _at_most_the_clip(tiling, size), tiles=1,
-                                     dtype_bytes=dtype.itemsize)
+        """Encoding a clip of `size` (frames, height, width)."""
+        return self._bytes(encoding_bytes, tiling, size, dtype)
 
-    def _run(self, name: str, work: Callable[[], None], needed: int) -> None:
-        """Runs with the weights where ComfyUI wants them; makes more room and tries again when memory runs out."""
+    def _bytes(self, estimate: Callable[..., int], tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
+        frames, height, width = (int(n) for n in size)
+        return estimate(self.first_stage_model.config, tiling, (frames, height, width), device=self.device,
+                        dtype_bytes=dtype.itemsize)
+
+    def _run(self, name: str, work: Callable[[Tiling], None], tiling: Tiling, bytes_of: Callable[[Tiling], int]) -> None:
+        """Runs with the weights where ComfyUI wants them; when memory runs out, makes more room and tries again tile by tile."""
         for attempt in (1, 2):
+            needed = bytes_of(tiling)
             comfy.model_management.load_models_gpu([self.patcher], memory_required=needed * attempt)
             try:
                 with stage(f"VAE {name}", self.device):
-                    work()
+                    work(tiling)
                 return
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -239,7 +242,8 @@ class AllegroVAE(comfy.sd.VAE):
                         f"{free / GIB:.1f} GiB are free. Try, in this order: close other programs that use the device; "
                         "dtype bf16 in Load Allegro VAE; a smaller tile_size (256, then 192) in the VAE node. Latents "
                         "that were sampled are kept and need not be computed again.") from error
-            logger.warning("Allegro VAE %s ran out of memory; making room and trying once more.", name)
+            logger.warning("Allegro VAE %s ran out of memory; making room and trying once more, one tile at a time.", name)
+            tiling = replace(tiling, tiles_per_batch=1)
             comfy.model_management.soft_empty_cache()
 
 
@@ -304,11 +308,6 @@ def _batch_progress(items: int) -> Callable[[int], Callable[[int, int], None]]:
     """One bar over the tiles of all clips of a batch."""
     report = tile_progress()
     return lambda item: lambda done, total: report(item * total + done, items * total)
-
-
-def _at_most_the_clip(tiling: Tiling, size: Any) -> tuple[int, int, int]:
-    """(frames, height, width) of the tiles of a clip of `size`."""
-    return (min(tiling.tile_frames, int(size[0])), min(tiling.tile_height, int(size[1])), min(tiling.tile_width, int(size[2])))
 
 
 def _at_most(overlap: int, tile: int, multiple: int) -> int:

@@ -29,7 +29,7 @@ ALLOWED = {
     "conditioning": BASE | {"geometry"},
     "joining": BASE,
     "dit": SHARED,
-    "vae": SHARED,
+    "vae": SHARED | {"memory"},
     "text": SHARED,
     "vfi": SHARED,
     "sampling": STAGES,

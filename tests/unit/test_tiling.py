@@ -4,16 +4,20 @@ That sizes of the form tile + k * stride give the reference's result is shown by
 """
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from allegro_model.config import VAEConfig
+from allegro_model.config import VAE_720P, VAEConfig
 from allegro_model.errors import GeometryError
+from allegro_model.geometry import estimate_decode_bytes
 from allegro_model.loading import load_vae
-from allegro_model.vae import Tiling, VideoVAE
+from allegro_model.vae import Tiling, VideoVAE, batching, decoding_bytes, encoding_bytes
+from allegro_model.vae.batching import copy_beside
 from allegro_model.vae.blocks import per_frame
 from allegro_model.vae.tiling import Axis, blend_weights, plan_axis, stream_tiles
 
@@ -91,6 +95,72 @@ def test_a_local_network_is_reproduced_exactly(seed: int) -> None:
     parts = list(stream_tiles(source, plan, grow, source_scale=(1, 1, 1), output_scale=(2, 1, 3),
                               tiles_per_batch=rng.randint(1, 4), progress=None))
     torch.testing.assert_close(torch.cat(parts, dim=2), grow(source), rtol=0, atol=1e-6)
+
+
+def test_frames_are_copied_while_the_next_tiles_are_computed() -> None:
+    """And nobody touches them until the copy is there."""
+    source = torch.arange(12.0).reshape(1, 1, 6, 1, 2)
+    events: list[str] = []
+
+    def network(tiles: Tensor) -> Tensor:
+        events.append("compute")
+        return tiles
+
+    def handover(frames: Tensor) -> Callable[[], Tensor]:
+        def wait() -> Tensor:
+            events.append("wait")
+            return frames.clone()  # as late as a copy can be
+
+        events.append("copy")
+        return wait
+
+    plan = (plan_axis(6, 2, 0), plan_axis(1, 1, 0), plan_axis(2, 1, 0))
+    parts = list(stream_tiles(source, plan, network, source_scale=(1, 1, 1), output_scale=(1, 1, 1), tiles_per_batch=1,
+                              progress=None, handover=handover))
+    assert [part.shape[2] for part in parts] == [2, 2, 2]
+    assert torch.equal(torch.cat(parts, dim=2), source)
+    assert events == ["compute", "compute", "copy", *["compute", "wait", "compute", "copy"] * 2, "wait"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_from_cuda_are_whole() -> None:
+    frames = torch.rand(16, 1, 3, 64, 64, device="cuda").movedim(0, 2)
+    copy = copy_beside(frames)()
+    assert copy.device.type == "cpu"
+    assert torch.equal(copy, frames.cpu())
+
+
+GIB = 2**30
+TRAINED = Tiling.from_config(VAE_720P)
+
+
+@pytest.mark.parametrize(("device", "total", "free", "size", "per_batch", "expected"), [
+    ("cuda", 12, None, (88, 720, 1280), None, 1),
+    ("cuda", 40, None, (88, 720, 1280), None, 2),
+    ("cuda", 140, None, (88, 720, 1280), None, 8),
+    ("cuda", 140, None, (88, 320, 560), None, 2),  # there are no more
+    ("cuda", 140, 12, (88, 720, 1280), None, 3),  # somebody else has the rest
+    ("cuda", 140, 1, (88, 720, 1280), None, 1),
+    ("cuda", 12, None, (88, 720, 1280), 4, 4),  # as asked
+    ("cpu", 140, None, (88, 720, 1280), None, 1),
+    ("xpu", None, None, (88, 720, 1280), None, 1),  # nobody knows its memory
+])
+def test_tiles_at_once(monkeypatch: pytest.MonkeyPatch, device: str, total: int | None, free: int | None,
+                       size: tuple[int, int, int], per_batch: int | None, expected: int) -> None:
+    monkeypatch.setattr(batching, "total_bytes", lambda device: None if total is None else total * GIB)
+    found = batching.tiles_at_once(
+        estimate_decode_bytes, VAE_720P, replace(TRAINED, tiles_per_batch=per_batch), size, device=torch.device(device),
+        dtype_bytes=4, free=None if free is None else free * GIB)
+    assert found == expected
+
+
+def test_more_tiles_at_once_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what decoding and encoding ask for."""
+    monkeypatch.setattr(batching, "total_bytes", lambda device: 140 * GIB)
+    for needed in (decoding_bytes, encoding_bytes):
+        one, many = (needed(VAE_720P, replace(TRAINED, tiles_per_batch=n), (88, 720, 1280), device=torch.device("cuda"),
+                            dtype_bytes=4) for n in (1, None))
+        assert many > 6 * one
 
 
 # The real network, narrow

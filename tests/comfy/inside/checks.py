@@ -787,11 +787,12 @@ def check_loading_again_without_dynamic_memory(h: Host) -> None:
 def check_out_of_memory_is_answered(h: Host) -> None:
     """The first failure makes room and tries again, the second is explained; the next run works."""
     vae, latent = parts(h)[2], {"samples": torch.zeros((1, 4, 6, 8, 12))}
-    module, failures = vae.first_stage_model, []
+    module, failures, tilings = vae.first_stage_model, [], []
 
     def failing(times: int) -> Callable[..., Any]:
         def decode_stream(*args: Any, **kwargs: Any) -> Any:
             failures.append(1)
+            tilings.append(kwargs["tiling"])
             if len(failures) <= times:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return type(module).decode_stream(module, *args, **kwargs)
@@ -804,6 +805,7 @@ def check_out_of_memory_is_answered(h: Host) -> None:
             run = lambda: h.run("AllegroVideoVAEDecode", samples=latent, vae=vae, **TILES)  # noqa: E731
             if times == 1:
                 assert run().shape == (24, 64, 96, 3)
+                assert [tiling.tiles_per_batch for tiling in tilings] == [None, 1]
             else:
                 raises("DeviceMemoryFull", "Try, in this order: close other programs", run)
         finally:
