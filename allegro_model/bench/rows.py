@@ -19,11 +19,12 @@ from ..compiling import CompiledBlocks
 from ..config import VFI_PRESETS
 from ..costs import dit_flops, text_flops, vae_decode_flops
 from ..dit import AllegroDiT
-from ..geometry import latent_shape, token_count
+from ..geometry import estimate_decode_bytes, latent_shape, token_count
 from ..loading import load_dit
 from ..loading.convert import convert_checkpoint, suffix_of
 from ..streaming import Streamed, layers_of_dit
 from ..vae import Tiling
+from ..vae.batching import tiles_at_once
 from ..vfi import EMAVFI, EMAInterpolator, best_dtype
 from .measure import Measured, Run, in_turn, randomise
 from .networks import META, Networks
@@ -193,17 +194,20 @@ def _folder(stack: ExitStack) -> Path:
 
 def _decode(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
     config = scope.networks.vae
-    axes = Tiling.from_config(config).plan(latent_shape(scope.width, scope.height, scope.frames))
-    t, h, w = (axis.tile for axis in axes)
+    tiling, size = Tiling.from_config(config), (scope.frames, scope.height, scope.width)
+    t, h, w = (axis.tile for axis in tiling.plan(latent_shape(scope.width, scope.height, scope.frames)))
     if scope.device.type == "cpu":  # a whole tile takes minutes
         t, h, w = min(t, 2), min(h, 8), min(w, 8)
 
-    def variant(dtype: torch.dtype) -> Variant:
+    made: dict[str, Variant] = {}
+    for dtype in (torch.float32, *half_types(scope.device)):
         decoder = scope.networks.random_decoder(scope.device, dtype)
-        latents = torch.randn(1, config.latent_channels, t, h, w, device=scope.device, dtype=dtype)
-        return partial(decoder.decode_tile, latents), vae_decode_flops(config, (t, h, w))
-
-    return {f"tile of {4 * t}x{8 * h}x{8 * w}, {_name(dtype)}": variant(dtype) for dtype in (torch.float32, *half_types(scope.device))}
+        most = tiles_at_once(estimate_decode_bytes, config, tiling, size, device=scope.device, dtype_bytes=dtype.itemsize)
+        for tiles in dict.fromkeys((1, most)):
+            latents = torch.randn(tiles, config.latent_channels, t, h, w, device=scope.device, dtype=dtype)
+            title = f"{'tile' if tiles == 1 else f'{tiles} tiles'} of {4 * t}x{8 * h}x{8 * w}, {_name(dtype)}"
+            made[title] = partial(decoder.decode_tile, latents), tiles * vae_decode_flops(config, (t, h, w))
+    return made
 
 
 def _interpolate(scope: Scope, stack: ExitStack) -> dict[str, Variant]:

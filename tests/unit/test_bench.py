@@ -20,6 +20,7 @@ from commands import run_command
 from allegro_model.attention import sdpa
 from allegro_model.bench import estimate as estimating
 from allegro_model.bench import quick, speed
+from allegro_model.bench import rows as measuring
 from allegro_model.bench.estimate import Machine, estimate_run, sampling_seconds
 from allegro_model.bench.fit import fit_seconds
 from allegro_model.bench.measure import Measured, at_largest, in_turn, peak_of, randomise
@@ -373,7 +374,8 @@ def test_every_released_size_is_offered(allegro: Run) -> None:
     assert all(name in out for name in PRESETS)
 
 
-def test_bench_command(allegro: Run) -> None:
+def test_bench_command(allegro: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "tiles_at_once", lambda *args, **named: 2)  # as on a GPU
     code, out, _ = allegro("bench", "--model", "tiny", "--size", "4x32x32", "--rounds", 1, "--dtype", "fp32", "--profile",
                            "--only", "dit", "--only", "offload", "--only", "quantised", "--only", "decode", "--only", "load", "--only", "text", "--json", "a.json")
     assert code == 0
@@ -394,6 +396,9 @@ def test_bench_command(allegro: Run) -> None:
     assert names["offload"] == ["float32, none", "float32, stream"]
     plain, *packed = names["quantised"]
     assert packed == [f"{plain}, weights in {kind}" for kind in ("fp8", "int8", "gguf-q8_0")]
+    one, two = (row for row in rows if row["section"] == "decode")
+    assert two["name"] == f"2 tiles{one['name'].removeprefix('tile')}"
+    assert two["flops_per_second"] * two["median"] == pytest.approx(2 * one["flops_per_second"] * one["median"])
     assert sum(report["profile"].values()) == pytest.approx(1)
     assert report["profile"]["matmul"] > 0.05
 
