@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,16 +174,19 @@ def decode_seconds(networks: Networks, tile: tuple[int, int, int], *, device: to
 
 @torch.no_grad()
 def text_seconds(config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of encoding one prompt: of a small encoder itself, else from the largest product in it."""
+    """Seconds of encoding one prompt: of a small encoder itself, else from the products of a layer, each of its own speed."""
     if text_flops(config, TEXT_TOKENS) < _FEW_OPERATIONS:
         run = text_run(config, device, dtype)
         run()
         return statistics.median(seconds_of(run, device) for _ in range(5))
-    d, ff = config["d_model"], config["d_ff"]
-    x, weight = (torch.randn(n, d, device=device, dtype=dtype) for n in (TEXT_TOKENS, ff))
-    F.linear(x, weight)
-    seconds = min(seconds_of(lambda: F.linear(x, weight), device) for _ in range(6))
-    return seconds * text_flops(config, TEXT_TOKENS) / (2 * TEXT_TOKENS * d * ff)
+    d, inner, ff = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
+    seconds = flops = 0.0
+    for count, n, m in ((3, d, inner), (1, inner, d), (2, d, ff), (1, ff, d)):  # of a layer: how many, from width, to width
+        product = partial(F.linear, *(torch.randn(rows, n, device=device, dtype=dtype) for rows in (TEXT_TOKENS, m)))
+        product()
+        seconds += count * min(seconds_of(product, device) for _ in range(4))
+        flops += count * 2 * TEXT_TOKENS * n * m
+    return seconds * text_flops(config, TEXT_TOKENS) / flops
 
 
 def text_run(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Run:

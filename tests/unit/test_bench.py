@@ -29,7 +29,7 @@ from allegro_model.bench.speed import EvaluationSeconds, decode_seconds, evaluat
 from allegro_model.cli import generate as generating
 from allegro_model.cli.console import roughly
 from allegro_model.config import DIT_88X720P, PRESETS
-from allegro_model.costs import dit_flops
+from allegro_model.costs import dit_flops, text_flops
 from allegro_model.dit import AllegroDiT
 from allegro_model.errors import CheckpointError
 from allegro_model.geometry import latent_shape
@@ -210,7 +210,15 @@ def test_tiles_are_timed_with_all_their_frames(monkeypatch: pytest.MonkeyPatch, 
 def test_a_small_text_encoder_is_timed_as_a_whole(monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]) -> None:
     monkeypatch.setattr(speed, "text_run", lambda *args: lambda: clock(0.125))
     assert speed.text_seconds(open_networks("tiny").text, device=CPU, dtype=torch.float32) == 0.125
-    assert speed.text_seconds({**T5_XXL, "d_model": 64, "d_ff": 64, "num_layers": 24000}, device=CPU, dtype=torch.float32) == 0
+
+
+def test_a_large_text_encoder_is_as_fast_as_its_products(monkeypatch: pytest.MonkeyPatch, clock: Callable[[float], None]) -> None:
+    """Where those that make a layer wider take a second each and all others none, a layer takes two seconds and a bit."""
+    config = {**T5_XXL, "d_model": 64, "d_ff": 128, "num_heads": 1, "num_layers": 10000}
+    monkeypatch.setattr(speed, "F", SimpleNamespace(linear=lambda x, weight: clock(len(weight) == 128)))
+    layers = text_flops(config, speed.TEXT_TOKENS) / (2 * speed.TEXT_TOKENS * (4 * 64 * 64 + 3 * 64 * 128))
+    assert speed.text_seconds(config, device=CPU, dtype=torch.float32) == pytest.approx(2 * layers)
+    assert layers > 10000, "attention is counted, too"
 
 
 def test_an_estimate_of_the_bundled_model(hasty: None) -> None:
