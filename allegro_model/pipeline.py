@@ -72,7 +72,16 @@ from .sampling.samplers import Callback, Denoise
 from .sampling.schedule import check_schedule
 from .streaming import Streamed, layers_of_dit, streamed_bytes, whole_bytes
 from .text import TextEncoder, format_negative, format_prompt
-from .vae import Tiling, VideoVAE, decoding_bytes, denormalise, normalise
+from .vae import (
+    Tiling,
+    VideoVAE,
+    cells_of,
+    decoding_bytes,
+    denormalise,
+    encoding_bytes,
+    normalise,
+    several_at_once,
+)
 from .vae.tiling import Progress
 
 log = logging.getLogger(__name__)
@@ -463,7 +472,11 @@ class AllegroPipeline:
         """
         free = free_bytes(self.device)
         if free is not None:
-            check_memory("The VAE", self._decode_bytes(num_frames, height, width, free), free,
+            tiling = self._vae_tiling()
+            if tiling.tiles_per_batch is None:  # where there is no room for several, one has to do
+                tiling = replace(tiling, tiles_per_batch=1)
+            cells = cells_of(self.vae_config, (num_frames, height, width))
+            check_memory("The VAE", self._vae_bytes(decoding_bytes, tiling, cells), free,
                          "smaller tiles; fewer tiles per batch; closing other programs")
 
     def sampling_bytes(self, settings: SampleSettings) -> int:
@@ -475,10 +488,9 @@ class AllegroPipeline:
         shape = latent_shape(settings.width, settings.height, settings.num_frames)
         return estimate_sampling_bytes(self.dit_config, shape, batch=batch, dtype_bytes=self.dit_dtype.itemsize)
 
-    def _decode_bytes(self, num_frames: int, height: int, width: int, free: int | None = None) -> int:
-        """What the VAE needs beside its weights; encoding needs less than decoding."""
-        return decoding_bytes(self.vae_config, self._vae_tiling(), (num_frames, height, width), device=self.device,
-                              dtype_bytes=4, free=free)
+    def _vae_bytes(self, needed: Callable[..., int], tiling: Tiling, cells: tuple[int, int, int]) -> int:
+        """What the VAE needs beside its weights for latents of (t, h, w) cells: `decoding_bytes` or `encoding_bytes`."""
+        return needed(self.vae_config, tiling, cells, device=self.device, dtype_bytes=4)
 
     def _vae_tiling(self) -> Tiling:
         return self.tiling or Tiling.from_config(self.vae_config)
@@ -500,9 +512,7 @@ class AllegroPipeline:
             GeometryError: the model is not the image-to-video one, or a size that the VAE cannot encode.
         """
         self.check_given(given)
-        height, width = (int(n) for n in given.frames.shape[2:])
-        self._make_room(self._decode_bytes(given.num_frames, height, width))
-        mean, logvar = self.vae.encode(given.canvas(), tiling=self.tiling, progress=progress, device=self.device)
+        mean, logvar = self._encode_frames(given.canvas(), progress)
         if posterior_noise is not None:
             mean = sample_posterior(mean, logvar, posterior_noise.to(mean))
         check_finite(mean, "the latents of the given frames", "other images; intact weights of the VAE (allegro inspect)")
@@ -641,8 +651,8 @@ class AllegroPipeline:
             NonFiniteError: NaN or Inf in the frames.
         """
         t, h, w = (int(n) for n in latents.shape[2:])
-        self._make_room(self._decode_bytes(4 * t, 8 * h, 8 * w))
         tiling = self._vae_tiling()
+        self._make_room(self._vae_bytes(decoding_bytes, tiling, (t, h, w)))
         handed_out = 0
         try:
             for frames in self._decode_from(0, latents, tiling, progress):
@@ -650,14 +660,22 @@ class AllegroPipeline:
                 yield frames
             return
         except (MemoryError, RuntimeError) as error:
-            spare = self.device.type != "cpu" or (tiling.tiles_per_batch or 1) > 1
-            if not spare or not is_out_of_memory(error):
+            if not self._room_to_gain(tiling, error):
                 raise
-        log.warning("Memory ran out while decoding. Trying once more, one tile at a time and without the transformer.")
+        yield from self._decode_from(handed_out, latents, self._with_more_room("decoding", tiling), progress)
+
+    def _room_to_gain(self, tiling: Tiling, error: BaseException) -> bool:
+        """Whether memory ran out, and the VAE could do with less of it."""
+        spare = several_at_once(tiling, self.device) or (self._dit is not None and self.device.type != "cpu")
+        return spare and is_out_of_memory(error)
+
+    def _with_more_room(self, stage: str, tiling: Tiling) -> Tiling:
+        """Takes the transformer off the device; returns the same tiles, one at a time."""
+        log.warning("Memory ran out while %s. Trying once more, one tile at a time and without the transformer.", stage)
         self._dit = None  # it is read again, from the memory map, when the next run needs it
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        yield from self._decode_from(handed_out, latents, replace(tiling, tiles_per_batch=1), progress)
+        return replace(tiling, tiles_per_batch=1)
 
     def _decode_from(self, first: int, latents: Tensor, tiling: Tiling, progress: Progress | None) -> Iterator[Tensor]:
         """The frames from number `first` on."""
@@ -668,7 +686,7 @@ class AllegroPipeline:
             if new.shape[2]:
                 check_finite(new, "decoding", "other latents (are they finite?); intact weights of the VAE (allegro inspect)")
                 yield new.clamp(-1, 1)
-            del frames, new  # they keep the window that they are a view of
+            del frames, new  # on a CPU they are a view of the window, and would keep it
 
     def _make_room(self, needed: int) -> None:
         """Takes the transformer off the device when the VAE would not fit beside it."""
@@ -681,8 +699,21 @@ class AllegroPipeline:
         Raises:
             GeometryError: H or W is no multiple of 8.
         """
-        mean, _ = self.vae.encode(frames, tiling=self.tiling, progress=progress, device=self.device)
+        mean, _ = self._encode_frames(frames, progress)
         return mean.cpu()
+
+    def _encode_frames(self, frames: Tensor, progress: Progress | None) -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the variance; where memory runs out, once more with less."""
+        T, H, W = frames.shape[2:]
+        tiling = self._vae_tiling()
+        self._make_room(self._vae_bytes(encoding_bytes, tiling, cells_of(self.vae_config, (T, H, W))))
+        try:
+            return self.vae.encode(frames, tiling=tiling, progress=progress, device=self.device)
+        except (MemoryError, RuntimeError) as error:
+            if not self._room_to_gain(tiling, error):
+                raise
+        smaller = self._with_more_room("encoding", tiling)
+        return self.vae.encode(frames, tiling=smaller, progress=progress, device=self.device)
 
     def __call__(self, prompt: str, *, negative_prompt: str | None = None, template: bool | None = None,
                  clean: bool = True, callback: Callback | None = None, init_frames: Tensor | None = None,

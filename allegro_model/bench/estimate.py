@@ -180,9 +180,8 @@ def _decoding(networks: Networks, settings: SampleSettings, machine: Machine, sa
     shape = latent_shape(settings.width, settings.height, settings.num_frames)
     tiling = machine.tiling or Tiling.from_config(networks.vae)
     tiles, cells = tiles_of(tiling, shape)
-    seconds = tiles * decode_seconds(networks, cells, device=machine.device)
-    working = decoding_bytes(networks.vae, tiling, (settings.num_frames, settings.height, settings.width),
-                             device=machine.device, dtype_bytes=4)
+    seconds = tiles * decode_seconds(networks, cells, device=machine.device)  # one by one: several at once are at least as fast
+    working = decoding_bytes(networks.vae, tiling, shape, device=machine.device, dtype_bytes=4)
     weights = networks.vae_parameters * 4
     if machine.device.type == "cpu" and not sampling.streamed:  # the transformer stays where it is
         weights += sampling.weights_bytes

@@ -194,15 +194,15 @@ def _folder(stack: ExitStack) -> Path:
 
 def _decode(scope: Scope, stack: ExitStack) -> dict[str, Variant]:
     config = scope.networks.vae
-    tiling, size = Tiling.from_config(config), (scope.frames, scope.height, scope.width)
-    t, h, w = (axis.tile for axis in tiling.plan(latent_shape(scope.width, scope.height, scope.frames)))
+    tiling, shape = Tiling.from_config(config), latent_shape(scope.width, scope.height, scope.frames)
+    t, h, w = (axis.tile for axis in tiling.plan(shape))
     if scope.device.type == "cpu":  # a whole tile takes minutes
         t, h, w = min(t, 2), min(h, 8), min(w, 8)
 
     made: dict[str, Variant] = {}
     for dtype in (torch.float32, *half_types(scope.device)):
         decoder = scope.networks.random_decoder(scope.device, dtype)
-        most = tiles_at_once(estimate_decode_bytes, config, tiling, size, device=scope.device, dtype_bytes=dtype.itemsize)
+        most = tiles_at_once(estimate_decode_bytes, config, tiling, cells=shape, device=scope.device, dtype_bytes=dtype.itemsize)
         for tiles in dict.fromkeys((1, most)):
             latents = torch.randn(tiles, config.latent_channels, t, h, w, device=scope.device, dtype=dtype)
             title = f"{'tile' if tiles == 1 else f'{tiles} tiles'} of {4 * t}x{8 * h}x{8 * w}, {_name(dtype)}"

@@ -404,8 +404,8 @@ def _add_tiles(parser: Parser) -> None:
     group.add_argument("--overlap", type=triple, metavar="FxHxW",
                        help="shared with the next tile (released models: 8x120x80; with --tile at most half of it)")
     group.add_argument("--tiles-per-batch", type=int, metavar="N",
-                       help="tiles at once; more needs more memory (default: on a GPU what fits into a quarter of its memory, at "
-                            "most 8; on a CPU one)")
+                       help="tiles at once; more needs more memory (default: on CUDA what fits into a quarter of its memory, at "
+                            "most 8; elsewhere one)")
 
 
 def _lora(text: str) -> tuple[str, float]:

@@ -54,7 +54,6 @@ _REMEDIES = [
     _Remedy("dtype", _NETWORKS, _in_float32, "--dtype bf16"),
     _Remedy("dtype", "interpol", lambda args: args.command == "interpolate" and _in_float32(args), "--dtype bf16"),
     _Remedy("transformer", _WEIGHTS, _always, "weights that `allegro convert` made smaller"),
-    _Remedy("tiles_per_batch", _VAE, lambda args: (args.tiles_per_batch or 1) > 1, "--tiles-per-batch 1"),
     _Remedy("tile", _VAE, _always, "a smaller --tile"),
     _Remedy("layers", _MEASURING, _always, "fewer --layers"),
     _Remedy("size", _MEASURING, _always, "a smaller --size"),

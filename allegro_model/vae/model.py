@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ..config import VAEConfig
 from ..errors import GeometryError
 from ..geometry import estimate_decode_bytes, estimate_encode_bytes, nearest_multiples
-from ..memory import free_bytes
 from ..ops import layers
-from .batching import Estimate, copy_beside, tiles_at_once
+from .batching import copy_beside, tiles_at_once
 from .blocks import (
     Downsample,
     FrameAttention,
@@ -29,7 +28,7 @@ from .blocks import (
     per_frame,
     temporal_residual,
 )
-from .tiling import Progress, Tiling, Triple, stream_tiles
+from .tiling import Progress, Tiling, stream_tiles
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -242,10 +241,11 @@ class VideoVAE(nn.Module):
         t, h, w = (size // s for size, s in zip(frames.shape[2:], scale, strict=True))
         run_on = torch.device(device) if device is not None else frames.device
         tiling = tiling or Tiling.from_config(self.config)
+        at_once = tiles_at_once(estimate_encode_bytes, self.config, tiling, cells=(t, h, w), device=run_on,
+                                dtype_bytes=self.dtype.itemsize)
         moments = stream_tiles(
             frames, tiling.plan((t, h, w)), lambda tile: self.encode_tile(tile.to(run_on, self.dtype)), source_scale=scale,
-            output_scale=(1, 1, 1), tiles_per_batch=self._at_once(estimate_encode_bytes, tiling, (t, h, w), run_on),
-            progress=progress)
+            output_scale=(1, 1, 1), tiles_per_batch=at_once, progress=progress)
         result = torch.cat(list(moments), dim=2)  # [B, 8, t, h, w], 1/192 of the frames
         mean, logvar = per_frame(self.quant_conv, result.to(self.dtype)).float().chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
@@ -300,17 +300,11 @@ class VideoVAE(nn.Module):
             z = per_frame(self.post_quant_conv, latents.to(self.dtype))  # before tiling, as the reference
         # Not round the whole generator: that would keep what was yielded until the next part is there.
         network = torch.no_grad()(self.decode_tile)
-        parts = stream_tiles(z, tiling.plan((t, h, w)), network, source_scale=(1, 1, 1), output_scale=scale, handover=beside,
-                             tiles_per_batch=self._at_once(estimate_decode_bytes, tiling, (t, h, w), z.device), progress=progress)
+        at_once = tiles_at_once(estimate_decode_bytes, self.config, tiling, cells=(t, h, w), device=z.device,
+                                dtype_bytes=self.dtype.itemsize)
+        parts = stream_tiles(z, tiling.plan((t, h, w)), network, source_scale=(1, 1, 1), output_scale=scale,
+                             tiles_per_batch=at_once, progress=progress, handover=beside)
         yield from map(lambda part: part.to(device), parts)
-
-    def _at_once(self, estimate: Estimate, tiling: Tiling, cells: Triple, device: torch.device) -> int:
-        """Tiles of a clip of (t, h, w) cells that go through the network at once."""
-        t, h, w = cells
-        factor = self.config.spatial_factor
-        size = (t * self.config.temporal_factor, h * factor, w * factor)
-        return tiles_at_once(estimate, self.config, tiling, size, device=device, dtype_bytes=self.dtype.itemsize,
-                             free=free_bytes(device))
 
     @staticmethod
     def _check_rank(name: str, x: Tensor, channels: int) -> None:

@@ -21,7 +21,7 @@ from ..config import VAEConfig
 from ..errors import GeometryError
 
 Progress = Callable[[int, int], None]
-Handover = Callable[[Tensor], Callable[[], Tensor]]  # begins a copy; what it returns waits for it
+Handover = Callable[[Tensor], Callable[[], Tensor]]  # of frames: what it returns copies them
 Triple = tuple[int, int, int]
 
 
@@ -69,11 +69,6 @@ class Tiling:
         return (plan_axis(t, self.tile_frames // 4, self.overlap_frames // 4),
                 plan_axis(h, self.tile_height // 8, self.overlap_height // 8),
                 plan_axis(w, self.tile_width // 8, self.overlap_width // 8))
-
-    def tile_of(self, size: Triple) -> Triple:
-        """(frames, height, width) of the tiles of a clip of that size, which may be smaller than one."""
-        frames, height, width = size
-        return min(self.tile_frames, frames), min(self.tile_height, height), min(self.tile_width, width)
 
 
 class Axis(NamedTuple):
@@ -137,8 +132,10 @@ class _Window:
         sizes = (times.tile * self._scale[0], self._batch, tiles.shape[1], rows.size * self._scale[1],
                  columns.size * self._scale[2])
         # One frame after the other, so that those which leave first are one piece.
-        frames = torch.zeros(sizes, device=tiles.device).movedim(0, 2)
-        if i > 0:
+        frames = torch.zeros(sizes, dtype=torch.float32, device=tiles.device).movedim(0, 2)
+        if i == 0:
+            self._weights = [[weight.to(tiles.device) for weight in weights] for weights in self._weights]
+        else:
             by = self._advance(i - 1)
             frames[:, :, : frames.shape[2] - by] = self._frames[:, :, by:]
         self._frames = frames
@@ -147,8 +144,7 @@ class _Window:
         """Blends tile `index` of clip `b` in."""
         _, y, x = _box(self._plan, index, self._scale)
         t, h, w = (weights[i] for weights, i in zip(self._weights, index, strict=True))
-        weight = (t[:, None, None] * (h[:, None] * w)).to(tile.device)
-        self._frames[b, :, :, y, x].addcmul_(tile.float(), weight)
+        self._frames[b, :, :, y, x].addcmul_(tile.float(), t[:, None, None] * (h[:, None] * w))
 
     def ready(self, i: int) -> Tensor:
         """Frames that no tile after those of time `i` touches."""
@@ -194,7 +190,7 @@ def stream_tiles(source: Tensor, plan: tuple[Axis, Axis, Axis], network: Callabl
             batch = jobs[first : first + tiles_per_batch]
             boxes = [(b, _box(plan, (i, j, k), source_scale)) for b, j, k in batch]
             tiles = network(torch.stack([source[b][:, t, y, x] for b, (t, y, x) in boxes]))
-            if leaving is not None:  # these tiles are under way: time to wait for the frames before them
+            if leaving is not None:  # these tiles are under way: time to fetch the frames before them
                 yield leaving()
                 leaving = None
             if first == 0:

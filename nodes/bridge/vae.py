@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...allegro_model.config import VAEConfig
 from ...allegro_model.errors import CheckpointMismatch, GeometryError, NonFiniteError, UnsupportedCheckpoint
 from ...allegro_model.loading import check_tensors, vae_config_from_shapes
-from ...allegro_model.vae import Tiling, VideoVAE, decoding_bytes, encoding_bytes
+from ...allegro_model.vae import Tiling, VideoVAE, cells_of, decoding_bytes, encoding_bytes
 from ...allegro_model.vae.blocks import ResNet, TemporalBlock
 from .compat import (
     DeviceMemoryFull,
@@ -86,8 +86,7 @@ class AllegroVAE(comfy.sd.VAE):
             self.first_stage_model, load_device=self.device,
             offload_device=comfy.model_management.vae_offload_device())
         self.memory_used_encode = lambda shape, dtype: self._encode_bytes(self.default_tiling, shape[2:], dtype)
-        self.memory_used_decode = lambda shape, dtype: self._decode_bytes(
-            self.default_tiling, (shape[2] * frames, shape[3] * pixels, shape[4] * pixels), dtype)
+        self.memory_used_decode = lambda shape, dtype: self._decode_bytes(self.default_tiling, shape[2:], dtype)
 
     @property
     def default_tiling(self) -> Tiling:
@@ -140,7 +139,7 @@ class AllegroVAE(comfy.sd.VAE):
                     position += len(frames)
                     del frames  # lets go of the window it is a view of
 
-        self._run("decode", work, tiling, lambda tiling: self._decode_bytes(tiling, shape, self.vae_dtype))
+        self._run("decode", work, tiling, bytes_of=lambda tiling: self._decode_bytes(tiling, samples.shape[2:], self.vae_dtype))
         return images
 
     def _check_finite(self, frames: Tensor) -> None:
@@ -175,7 +174,7 @@ class AllegroVAE(comfy.sd.VAE):
                 collected.append(self.first_stage_model.encode(prepare(clips[item : item + 1]), tiling=tiling,
                                                                progress=progress(item), device=self.device))
 
-        self._run("encode", work, tiling, lambda tiling: self._encode_bytes(tiling, clips.shape[2:], self.vae_dtype))
+        self._run("encode", work, tiling, bytes_of=lambda tiling: self._encode_bytes(tiling, clips.shape[2:], self.vae_dtype))
         return torch.cat(collected).to(device=self.output_device, dtype=intermediate_dtype())
 
     def tiling(self, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int) -> Tiling:
@@ -210,24 +209,27 @@ class AllegroVAE(comfy.sd.VAE):
         return replace(base, tile_frames=t, tile_height=h, tile_width=w, overlap_frames=over_t, overlap_height=over_h,
                        overlap_width=over_w)
 
-    def _decode_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
-        """Decoding a clip of `size` (frames, height, width)."""
-        return self._bytes(decoding_bytes, tiling, size, dtype)
+    def _decode_bytes(self, tiling: Tiling, cells: Any, dtype: torch.dtype) -> int:
+        """Decoding latents of (t, h, w) cells."""
+        return self._bytes(decoding_bytes, tiling, cells, dtype=dtype)
 
     def _encode_bytes(self, tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
-        """Encoding a clip of `size` (frames, height, width)."""
-        return self._bytes(encoding_bytes, tiling, size, dtype)
-
-    def _bytes(self, estimate: Callable[..., int], tiling: Tiling, size: Any, dtype: torch.dtype) -> int:
+        """Encoding a clip of (frames, height, width)."""
         frames, height, width = (int(n) for n in size)
-        return estimate(self.first_stage_model.config, tiling, (frames, height, width), device=self.device,
-                        dtype_bytes=dtype.itemsize)
+        cells = cells_of(self.first_stage_model.config, (frames, height, width))
+        return self._bytes(encoding_bytes, tiling, cells, dtype=dtype)
 
-    def _run(self, name: str, work: Callable[[Tiling], None], tiling: Tiling, bytes_of: Callable[[Tiling], int]) -> None:
+    def _bytes(self, needed: Callable[..., int], tiling: Tiling, cells: Any, *, dtype: torch.dtype) -> int:
+        t, h, w = (int(n) for n in cells)
+        return needed(self.first_stage_model.config, tiling, (t, h, w), device=self.device, dtype_bytes=dtype.itemsize)
+
+    def _run(self, name: str, work: Callable[[Tiling], None], tiling: Tiling, *, bytes_of: Callable[[Tiling], int]) -> None:
         """Runs with the weights where ComfyUI wants them; when memory runs out, makes more room and tries again tile by tile."""
+        room = 0
         for attempt in (1, 2):
             needed = bytes_of(tiling)
-            comfy.model_management.load_models_gpu([self.patcher], memory_required=needed * attempt)
+            room = max(room, needed * attempt)
+            comfy.model_management.load_models_gpu([self.patcher], memory_required=room)
             try:
                 with stage(f"VAE {name}", self.device):
                     work(tiling)

@@ -111,7 +111,7 @@ def shared_tab(server: Server, browser: Any, front_end: FrontEnd) -> Iterator[Ta
 def tab(shared_tab: Tab) -> Iterator[Tab]:
     """The one page of a front end: opening it takes longer than all else. No test may leave a complaint behind."""
     yield shared_tab
-    if shared_tab.dialogs:  # of a test that failed: they would lie over everything in the following ones
+    for _ in shared_tab.dialogs:  # a test that failed leaves them: they would lie over everything in the following ones
         shared_tab.page.keyboard.press("Escape")
     assert shared_tab.complaints() == []
 

@@ -1,6 +1,7 @@
 """A page with the editor open: what a user does in it, and what it complained about."""
 
 import re
+from contextlib import suppress
 from typing import Any
 
 PATIENCE = 180_000
@@ -24,11 +25,16 @@ class Tab:
     Attributes:
         page: of playwright.
         vue: nodes are elements of the page ("Nodes 2.0"), not drawn on a canvas.
+        too_slow: playwright's error when something does not happen in time.
     """
 
     def __init__(self, page: Any, url: str, *, vue: bool) -> None:
         self.page, self.vue = page, vue
         self.problems: list[str] = []
+        # Not above: without playwright these tests are skipped.
+        from playwright.sync_api import TimeoutError as TooSlow
+
+        self.too_slow = TooSlow
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda message: message.type == "error" and self.problems.append(
             f"{message.text} {message.location.get('url', '')}"))
@@ -87,17 +93,14 @@ class Tab:
         picture.wait_for()
         self.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
         for _ in range(10):  # the list is drawn anew while one types: a click in that moment is lost
-            card.click()
-            if self._closes(dialog):
+            with suppress(self.too_slow):  # or the dialog closed since
+                card.click(timeout=10_000)
+            with suppress(self.too_slow):
+                dialog.wait_for(state="hidden", timeout=10_000)
                 break
+        else:
+            raise AssertionError(f"the template {name} could not be opened: {self.dialogs}")
         self.wait_for_nodes(graph)
-
-    def _closes(self, dialog: Any) -> bool:
-        for _ in range(50):
-            if not dialog.is_visible():
-                return True
-            self.page.wait_for_timeout(200)
-        return False
 
     def wait_for_progress(self, node_type: str) -> None:
         """In the title of the page, or on the node."""

@@ -46,7 +46,7 @@ def make_clips() -> list[tuple[int, int, int]]:
 def test_twenty_clips_leave_no_more_in_memory_than_four() -> None:
     """With a LoRA, a step cache, networks that are streamed, and frames in between."""
     pytest.importorskip("transformers", reason="the text encoder needs transformers (extra: standalone)")
-    # In a process of its own: others hold what they need of what ran before, and let go of it when they like.
+    # In a process of its own: in one that ran other tests, caches that they filled grow and shrink meanwhile.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         (tensors, objects, pages), (tensors_after, objects_after, pages_after) = process.submit(make_clips).result()
     assert tensors_after == tensors

@@ -248,6 +248,24 @@ def test_decoding_out_of_memory_goes_on_tile_by_tile(tiny, monkeypatch, caplog, 
     assert "one tile at a time" in caplog.text
 
 
+def test_encoding_out_of_memory_goes_on_tile_by_tile(tiny, monkeypatch, caplog):
+    clip = torch.rand((1, 3, 8, 32, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sizes, small = [], Tiling(8, 24, 32, 4, 8, 8)
+    expected = with_tiling(tiny, monkeypatch, small).encode(clip)
+    network = tiny.vae.encode_tile
+
+    def limited(tiles):
+        sizes.append(len(tiles))
+        if len(tiles) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return network(tiles)
+
+    monkeypatch.setattr(tiny.vae, "encode_tile", limited)
+    assert torch.equal(with_tiling(tiny, monkeypatch, replace(small, tiles_per_batch=4)).encode(clip), expected)
+    assert sizes == [4, 1, 1, 1, 1]
+    assert "while encoding" in caplog.text
+
+
 def test_decoding_out_of_memory_with_nothing_to_spare_is_told(tiny, monkeypatch):
     calls = []
 

@@ -16,7 +16,7 @@ from allegro_model.config import VAE_720P, VAEConfig
 from allegro_model.errors import GeometryError
 from allegro_model.geometry import estimate_decode_bytes
 from allegro_model.loading import load_vae
-from allegro_model.vae import Tiling, VideoVAE, batching, decoding_bytes, encoding_bytes
+from allegro_model.vae import Tiling, VideoVAE, batching, decoding_bytes, encoding_bytes, model
 from allegro_model.vae.batching import copy_beside
 from allegro_model.vae.blocks import per_frame
 from allegro_model.vae.tiling import Axis, blend_weights, plan_axis, stream_tiles
@@ -123,44 +123,52 @@ def test_frames_are_copied_while_the_next_tiles_are_computed() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_copies_from_cuda_are_whole() -> None:
-    frames = torch.rand(16, 1, 3, 64, 64, device="cuda").movedim(0, 2)
-    copy = copy_beside(frames)()
-    assert copy.device.type == "cpu"
-    assert torch.equal(copy, frames.cpu())
+def test_copies_from_cuda_wait_for_what_was_asked_before() -> None:
+    frames = torch.zeros(16, 1, 3, 64, 64, device="cuda").movedim(0, 2)
+    torch.cuda._sleep(500_000_000)  # clock cycles
+    frames += 1
+    copy = copy_beside(frames)
+    torch.cuda._sleep(500_000_000)
+    found = copy()
+    assert found.device.type == "cpu"
+    assert bool((found == 1).all())
 
 
 GIB = 2**30
 TRAINED = Tiling.from_config(VAE_720P)
+CELLS = (22, 90, 160)
 
 
-@pytest.mark.parametrize(("device", "total", "free", "size", "per_batch", "expected"), [
-    ("cuda", 12, None, (88, 720, 1280), None, 1),
-    ("cuda", 40, None, (88, 720, 1280), None, 2),
-    ("cuda", 140, None, (88, 720, 1280), None, 8),
-    ("cuda", 140, None, (88, 320, 560), None, 2),  # there are no more
-    ("cuda", 140, 12, (88, 720, 1280), None, 3),  # somebody else has the rest
-    ("cuda", 140, 1, (88, 720, 1280), None, 1),
-    ("cuda", 12, None, (88, 720, 1280), 4, 4),  # as asked
-    ("cpu", 140, None, (88, 720, 1280), None, 1),
-    ("xpu", None, None, (88, 720, 1280), None, 1),  # nobody knows its memory
+def estimated(needed: Callable[..., int], per_batch: int | None, cells: tuple[int, int, int] = CELLS) -> int:
+    return needed(VAE_720P, replace(TRAINED, tiles_per_batch=per_batch), cells, device=torch.device("cuda"), dtype_bytes=4)
+
+
+@pytest.mark.parametrize(("device", "total", "cells", "per_batch", "expected"), [
+    ("cuda", 12, CELLS, None, 1),
+    ("cuda", 32, CELLS, None, 2),
+    ("cuda", 140, CELLS, None, 8),
+    ("cuda", 140, (22, 40, 70), None, 2),  # there are no more
+    ("cuda", 12, CELLS, 4, 4),  # as asked
+    ("cpu", 140, CELLS, None, 1),
+    ("xpu", None, CELLS, None, 1),  # nobody knows its memory
 ])
-def test_tiles_at_once(monkeypatch: pytest.MonkeyPatch, device: str, total: int | None, free: int | None,
-                       size: tuple[int, int, int], per_batch: int | None, expected: int) -> None:
+def test_tiles_at_once(monkeypatch: pytest.MonkeyPatch, device: str, total: int | None, cells: tuple[int, int, int],
+                       per_batch: int | None, expected: int) -> None:
     monkeypatch.setattr(batching, "total_bytes", lambda device: None if total is None else total * GIB)
-    found = batching.tiles_at_once(
-        estimate_decode_bytes, VAE_720P, replace(TRAINED, tiles_per_batch=per_batch), size, device=torch.device(device),
-        dtype_bytes=4, free=None if free is None else free * GIB)
-    assert found == expected
+    tiling = replace(TRAINED, tiles_per_batch=per_batch)
+    assert expected == batching.tiles_at_once(estimate_decode_bytes, VAE_720P, tiling, cells=cells, device=torch.device(device),
+                                              dtype_bytes=4)
+    assert batching.several_at_once(tiling, torch.device(device)) == (device == "cuda")
 
 
-def test_more_tiles_at_once_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what decoding and encoding ask for."""
+@pytest.mark.parametrize("needed", [decoding_bytes, encoding_bytes])
+def test_tiles_at_once_are_counted(monkeypatch: pytest.MonkeyPatch, needed: Callable[..., int]) -> None:
+    """Also those that are chosen; and not more of them than there are."""
     monkeypatch.setattr(batching, "total_bytes", lambda device: 140 * GIB)
-    for needed in (decoding_bytes, encoding_bytes):
-        one, many = (needed(VAE_720P, replace(TRAINED, tiles_per_batch=n), (88, 720, 1280), device=torch.device("cuda"),
-                            dtype_bytes=4) for n in (1, None))
-        assert many > 6 * one
+    one, two, chosen = (estimated(needed, number) for number in (1, 2, None))
+    assert 1.8 * one < two < 2.1 * one
+    assert 6 * one < chosen < 36 * GIB
+    assert estimated(needed, 100, (22, 40, 70)) == estimated(needed, 2, (22, 40, 70))
 
 
 # The real network, narrow
@@ -230,6 +238,17 @@ def test_an_item_does_not_depend_on_its_neighbours(vae: VideoVAE) -> None:
     means, _ = vae.encode(frames, tiling=SMALL)
     for i in range(3):
         assert torch.equal(means[i : i + 1], vae.encode(frames[i : i + 1], tiling=SMALL)[0])
+
+
+def test_the_network_gets_as_many_tiles_as_are_chosen(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, found = torch.zeros(1, 3, 8, 32, 40), []
+    for name in ("decode_tile", "encode_tile"):
+        method = getattr(vae, name)
+        monkeypatch.setattr(vae, name, lambda tiles, method=method: (found.append(len(tiles)), method(tiles))[1])
+    monkeypatch.setattr(model, "tiles_at_once", lambda *args, **named: 3)
+    vae.encode(clip, tiling=SMALL)
+    vae.decode(torch.zeros(1, 4, 2, 4, 5), tiling=SMALL)
+    assert found == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("tiles_per_batch", [2, 3, 100])
