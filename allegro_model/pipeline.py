@@ -577,6 +577,7 @@ class AllegroPipeline:
 
         def after_step(info: StepInfo) -> None:
             nonlocal last
+            # The one place of a step that waits for the device, so that progress is what was computed, not what was asked for.
             check_finite(info.denoised, f"step {info.step} of {info.num_steps}",
                          ("" if kernel.name == "sdpa" else f"the attention sdpa instead of {kernel.name}; ") +
                          "the transformer in bf16 or fp32 instead of fp16; intact weights (allegro inspect)")
