@@ -66,13 +66,14 @@ class PromptRefused(AssertionError):
 
 @dataclass
 class Server:
-    """A running ComfyUI."""
+    """A running ComfyUI; without further options it leaves out the nodes that ask services, which take seconds to load."""
 
     comfyui: ComfyUI
     base: Path
-    extra: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=lambda: ["--disable-api-nodes"])
     process: subprocess.Popen[bytes] | None = None
     port: int = 0
+    forgotten: list[str] | None = None  # the last prompt that had run when all was forgotten
 
     def start(self, timeout: float = 600) -> None:
         with socket.socket() as probe:
@@ -166,9 +167,12 @@ class Server:
         return self.fetch(f"/view?{query}")
 
     def forget(self) -> None:
-        """Unloads models and drops cached outputs."""
-        self.fetch("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(1.5)
+        """Unloads models and drops cached outputs, unless nothing has run since the last time."""
+        last = list(self.get("/history?max_items=1"))
+        if last != self.forgotten:
+            self.fetch("/free", {"unload_models": True, "free_memory": True})
+            time.sleep(1.5)
+            self.forgotten = last
 
 
 def error_of(entry: dict[str, Any]) -> str:

@@ -68,6 +68,24 @@ def server(comfyui: Any, base: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
+def second(comfyui: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    base = tmp_path_factory.mktemp(f"bare-{comfyui.version}")
+    (base / "custom_nodes").mkdir()
+    os.symlink(PACK, base / "custom_nodes" / "allegro-video")
+    server = client.Server(comfyui, base)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bare(second: Any) -> Any:
+    """A running server whose base directory holds this extension and nothing else. A test may kill it."""
+    if second.process is None or second.process.poll() is not None:
+        second.start()
+    return second
+
+
+@pytest.fixture(scope="session")
 def inside(request: pytest.FixtureRequest, comfyui: Any, base: Path) -> dict[str, str | None]:
     """Results of the selected checks, run in one process inside ComfyUI: {name: None or traceback}."""
     selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}

@@ -1,12 +1,7 @@
 """`allegro submit` and its Python interface with real servers. How they fail: tests/unit/test_client.py."""
 
-import io
-import os
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,87 +9,13 @@ from comfy.client import PACK, Server
 from commands import run_command
 from PIL import Image
 
-from allegro_model.client import (
-    Batch,
-    ComfyServer,
-    Event,
-    Job,
-    Limits,
-    Watcher,
-    batch,
-    build_job,
-    text_to_video,
-)
+from allegro_model.client import ComfyServer, text_to_video
 from allegro_model.errors import PromptRefused, RunInterrupted
 from allegro_model.media import read_frames
 
 pytestmark = pytest.mark.comfy
 
 PROMPT = "a red circle moves right over a blue background"
-
-
-@pytest.fixture
-def second(comfyui: Any, tmp_path: Path) -> Iterator[Server]:
-    """A server that a test may kill."""
-    for name in ("custom_nodes", "input", "output", "user", "temp", "models"):
-        (tmp_path / "second" / name).mkdir(parents=True)
-    os.symlink(PACK, tmp_path / "second" / "custom_nodes" / "allegro-video")
-    running = Server(comfyui, tmp_path / "second")
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
-
-
-class Seen(Watcher):
-    """Keeps what is told, and calls `at_begin` when a job begins."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.remarks: list[str] = []
-        self.begins: list[str] = []
-        self.at_begin = lambda: None
-
-    def begun(self, job: Job) -> None:
-        self.begins.append(job.server)
-        self.at_begin()
-
-    def event(self, job: Job, event: Event) -> None:
-        self.events.append(event)
-
-    def remark(self, text: str) -> None:
-        self.remarks.append(text)
-
-
-def test_two_servers_of_which_one_is_killed(server: Server, second: Server, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a run: all clips are there in the end, and no other run took place twice."""
-    monkeypatch.setattr(batch, "GRACE_SECONDS", 1.0)
-    before = server.log.count("got prompt")
-    jobs = [build_job("tiny", {"prompt": PROMPT, "seed": seed, "steps": 20}, {}) for seed in range(1, 7)]
-    seen = Seen()
-
-    def kill_the_second() -> None:
-        if seen.begins.count(second.url) == 2 and second.process is not None:
-            threading.Timer(0.3, second.process.kill).start()
-
-    seen.at_begin = kill_the_second
-    found = Batch(jobs, [ComfyServer(server.url), ComfyServer(second.url)], tmp_path / "out", watcher=seen,
-                  limits=Limits(patience=60)).run()
-    assert [job.error for job in found] == [None] * 6
-    clips = [read_frames(path)[0] for job in found for path in job.files]
-    assert [tuple(clip.shape) for clip in clips] == [(3, 24, 64, 96)] * 6
-    assert any("cannot be reached" in text for text in seen.remarks), "it was killed too late"
-    runs = server.log.count("got prompt") - before, second.log.count("got prompt")
-    assert runs[1] == 2
-    assert sum(runs) == 7
-    assert [job.server for job in found].count(second.url) == 1
-    steps = [(event.done, event.total) for event in seen.events if event.node == "sampler"]
-    assert (20, 20) in steps
-    pictures = [Image.open(io.BytesIO(event.preview)) for event in seen.events if event.preview is not None]
-    assert len(pictures) > 20
-    assert np.asarray(pictures[-1].convert("RGB")).std() > 1
 
 
 def test_a_picture_is_uploaded_and_moved(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def folders(comfyui: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(comfyui: Any, folders: Path, hub: Hub) -> Iterator[Server]:
-    running = Server(comfyui, folders / "base", ["--extra-model-paths-config", str(folders / "extra.yaml")])
+    running = Server(comfyui, folders / "base", ["--disable-api-nodes", "--extra-model-paths-config", str(folders / "extra.yaml")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
         try:

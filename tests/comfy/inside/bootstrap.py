@@ -2,11 +2,12 @@
 
     python bootstrap.py COMFYUI BASE_DIRECTORY RESULT.json FILE.CHECK ...
 
-Each CHECK, a function of FILE.py in this folder, is called with a `Host`. RESULT.json: {CHECK: null, the traceback, or
-"skipped: " and the reason}.
+Each CHECK, a function of FILE.py in this folder, is called with a `Host`, in inference mode as ComfyUI calls the nodes of a
+graph. RESULT.json: {CHECK: null, the traceback, or "skipped: " and the reason}.
 """
 
 import asyncio
+import gc
 import importlib
 import importlib.util
 import json
@@ -14,6 +15,8 @@ import logging
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +27,17 @@ PACK_NAME = "custom_nodes_allegro"
 
 class Skipped(Exception):
     """What a check needs is absent; the message says what."""
+
+
+@contextmanager
+def only_new_objects() -> Iterator[None]:
+    """Inside, collections of garbage look at what was made since, not at all that ComfyUI imports, which takes a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Host:
@@ -100,6 +114,7 @@ def main(comfyui: str, base: str, result: str, *checks: str) -> None:
     found: dict[str, str | None] = {}
     try:
         host = Host(Path(comfyui), Path(base))
+        inference_mode = importlib.import_module("torch").inference_mode
         sys.modules["bootstrap"] = sys.modules["__main__"]
         modules = {file: importlib.import_module(file) for file in dict.fromkeys(names.values())}
     except BaseException:  # noqa: BLE001 (reported, whatever it is)
@@ -111,7 +126,8 @@ def main(comfyui: str, base: str, result: str, *checks: str) -> None:
         host.log.clear()
         host.own_warnings.clear()
         try:
-            getattr(modules[file], name)(host)
+            with inference_mode():
+                getattr(modules[file], name)(host)
             found[name] = None
         except Skipped as reason:
             found[name] = f"skipped: {reason}"

@@ -27,7 +27,7 @@ import comfy.utils
 import packed
 import psutil
 import torch
-from bootstrap import PACK, Host, Skipped, call, load_pack
+from bootstrap import PACK, Host, Skipped, call, load_pack, only_new_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -499,13 +499,16 @@ def check_core_samplers_equal_diffusers(h: Host) -> None:
         "KSampler, scheduler normal": lambda: ksampler(h, parts(h)[0], steps=20, cfg=7.5),
         "SamplerCustomAdvanced, Allegro Scheduler": lambda: advanced(h, parts(h)[0], sigmas, cfg=7.5),
     }
-    for name, run in runs.items():
+    found, noises = [], []
+    first = comfy.sample.prepare_noise(empty(h)["samples"], 3)
+    for run in runs.values():
         result, drawn = with_recorded_noise(run)
         assert len(drawn) == 19, "one per step but the last"
-        first = comfy.sample.prepare_noise(empty(h)["samples"], 3)
-        expected = diffusers_run(h, torch.stack([first, *drawn]), cfg=7.5)
-        error = relative(result * 0.13235, expected)
-        assert error < 1e-5, (name, error)
+        found.append(result * 0.13235)
+        noises.append(torch.stack([first, *drawn]))
+    expected = diffusers_run(h, torch.cat(noises, dim=1), cfg=7.5)
+    for name, ours, theirs in zip(runs, found, expected.split(1), strict=True):
+        assert relative(ours, theirs) < 1e-5, (name, relative(ours, theirs))
 
 
 def with_recorded_noise(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -530,7 +533,7 @@ def with_recorded_noise(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]
 
 
 def diffusers_run(h: Host, noise: Tensor, *, cfg: float) -> Tensor:
-    """The latents of diffusers' loop in a process of the tests' Python; see diffusers_loop.py."""
+    """The latents [B, ...] of diffusers' loop with noise [steps, B, ...] in a process of the tests' Python; see diffusers_loop.py."""
     inputs = {"noise": noise, "cfg": torch.tensor(cfg)}
     for name, entry in zip(("positive", "negative"), prompts(h), strict=True):
         inputs |= {name: entry[0][0].float().contiguous(), f"{name}_mask": entry[0][1]["attention_mask"]}
@@ -947,12 +950,13 @@ def check_cancel_inside_every_loop(h: Host) -> None:
 
 def check_memory_is_stable_over_twenty_runs(h: Host) -> None:
     process, sizes = psutil.Process(), []
-    for run in range(20):
-        empty_one = h.run("EmptyAllegroLatentVideo", width=48, height=48, length=8, batch_size=1)
-        latent = {"samples": sample(h, latent=empty_one, seed=run, steps=2)}
-        h.run("AllegroVideoVAEDecode", samples=latent, vae=parts(h)[2], **TILES)
-        gc.collect()
-        sizes.append(process.memory_info().rss)
+    with only_new_objects():
+        for run in range(20):
+            empty_one = h.run("EmptyAllegroLatentVideo", width=48, height=48, length=8, batch_size=1)
+            latent = {"samples": sample(h, latent=empty_one, seed=run, steps=2)}
+            h.run("AllegroVideoVAEDecode", samples=latent, vae=parts(h)[2], **TILES)
+            gc.collect()
+            sizes.append(process.memory_info().rss)
     assert max(sizes[10:]) < sizes[3] * 1.01, [s >> 20 for s in sizes]
 
 

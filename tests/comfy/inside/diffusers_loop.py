@@ -3,7 +3,7 @@
     python diffusers_loop.py TRANSFORMER_FOLDER GIVEN.safetensors RESULT.safetensors
 
 GIVEN: noise [steps, B, 4, t, h, w], the first for the start, the others for each step but the last; cfg; positive and
-negative [B, L, C] with their masks [B, L]. RESULT: latents [B, 4, t, h, w], scaled as the network sees them.
+negative [1, L, C] with their masks [1, L]. RESULT: latents [B, 4, t, h, w], scaled as the network sees them.
 """
 
 import inspect
@@ -47,9 +47,9 @@ def rotary(latents: Tensor, head_dim: int) -> tuple[tuple[Tensor, ...], tuple[Te
 def main(folder: str, given: str, result: str) -> None:
     inputs = load_file(given)
     network, noise, cfg = load_network(Path(folder)), inputs["noise"], float(inputs["cfg"])
-    text = torch.cat([inputs["negative"], inputs["positive"]])
-    mask = torch.cat([inputs["negative_mask"], inputs["positive_mask"]])
-    steps = len(noise)
+    steps, clips = noise.shape[:2]
+    text, mask = (torch.cat([inputs[f"negative{part}"], inputs[f"positive{part}"]]).repeat_interleave(clips, dim=0)
+                  for part in ("", "_mask"))
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**SCHEDULE)
     scheduler.set_timesteps(steps)
     # Its only source of noise; the last step multiplies it by zero.
@@ -59,7 +59,7 @@ def main(folder: str, given: str, result: str) -> None:
     rope = rotary(x, network.config.attention_head_dim)
     for t in scheduler.timesteps:
         eps = network(hidden_states=scheduler.scale_model_input(torch.cat((x, x)), t), encoder_hidden_states=text,
-                      timestep=t.expand(2), encoder_attention_mask=mask.float(), image_rotary_emb=rope, return_dict=False)[0]
+                      timestep=t.expand(2 * clips), encoder_attention_mask=mask.float(), image_rotary_emb=rope, return_dict=False)[0]
         negative, positive = eps.chunk(2)
         x = scheduler.step(negative + cfg * (positive - negative), t, x, return_dict=False)[0]
     assert next(to_come, None) is None, "the scheduler drew another number of noises"

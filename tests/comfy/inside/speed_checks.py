@@ -99,6 +99,12 @@ def compiled(h: Host, backend: Any = "eager", dit: Any = None) -> Any:
         module.CompiledBlocks = original
 
 
+def check_blocks_are_compiled_below_comfyuis_own_node(h: Host) -> None:
+    node = h.extra("nodes_torch_compile", "TorchCompileModel")
+    both = call(node, model=compiled(h), backend="eager")
+    assert relative(ksampler(h, both, steps=2), ksampler(h, parts(h)[0], steps=2)) < 1e-5
+
+
 def check_blocks_are_compiled_once_for_all(h: Host) -> None:
     """The same clip within rounding, nothing compiled again for more steps or another attention, and nothing left on the model."""
     dit, captured = parts(h)[0], torch._dynamo.utils.counters["stats"]
@@ -121,9 +127,3 @@ def check_a_compiler_that_fails_is_left_out(h: Host) -> None:
     h.log.clear()
     assert torch.equal(sample(h, compiled(h, broken), steps=2), sample(h, steps=2))
     assert len([line for line in h.log if "so the blocks run without it: no compiler here" in line]) == 1
-
-
-def check_blocks_are_compiled_below_comfyuis_own_node(h: Host) -> None:
-    node = h.extra("nodes_torch_compile", "TorchCompileModel")
-    both = call(node, model=compiled(h), backend="eager")
-    assert relative(ksampler(h, both, steps=2), ksampler(h, parts(h)[0], steps=2)) < 1e-5
