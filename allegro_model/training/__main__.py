@@ -13,11 +13,11 @@ from .evaluate import evaluate_folder
 from .evaluate_ti2v import evaluate_ti2v_folder
 from .export import export, export_ti2v
 from .recipe import RECIPE, scaled
-from .stages import run_stage
+from .stages import TRAINERS, run_stages
 from .tokenizer import save_tokenizer
 from .vfi_evaluate import evaluate_vfi, export_vfi
 
-STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "export", "evaluate", "vfi")
+STAGES = ("tokenizer", "vae", "latents", "dit", "decoder", "ti2v_latents", "ti2v", "vfi", "export", "evaluate")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,25 +40,21 @@ def main(arguments: list[str] | None = None) -> None:
     logger = logging.getLogger(__name__)
     recipe = scaled(RECIPE, options.scale)
     work, ti2v = options.out / "work", options.out.with_name(f"{options.out.name}-ti2v")
-    for stage in STAGES:
-        if stage not in options.stages:
-            continue
-        logger.info("stage %s", stage)
-        if stage == "tokenizer":
-            save_tokenizer(work / "tokenizer")
-        elif stage == "export":
-            size = export(work, options.out) + export_ti2v(work, ti2v, options.out)
-            logger.info("weights: %.2f MB", size / 1e6)
-        elif stage == "evaluate":
-            logger.info("scores (right, total): %s", json.dumps(evaluate_folder(options.out), indent=2))
-            logger.info("image to video: %s", json.dumps(evaluate_ti2v_folder(ti2v), indent=2))
-        elif stage == "vfi":
-            launch(run_stage, options.processes, stage, recipe, work)
-            path = options.out.with_name(f"{options.out.name}-vfi") / "model.safetensors"
-            logger.info("frame interpolator: %.2f MB", export_vfi(work, path) / 1e6)
-            logger.info("PSNR (model, repeated, blended): %s", json.dumps(evaluate_vfi(path), indent=2))
-        else:
-            launch(run_stage, options.processes, stage, recipe, work)
+    chosen = [stage for stage in STAGES if stage in options.stages]
+    if "tokenizer" in chosen:
+        save_tokenizer(work / "tokenizer")
+    if trained := [stage for stage in chosen if stage in TRAINERS]:
+        launch(run_stages, options.processes, trained, recipe, work)
+    if "export" in chosen:
+        size = export(work, options.out) + export_ti2v(work, ti2v, options.out)
+        logger.info("weights: %.2f MB", size / 1e6)
+    if "evaluate" in chosen:
+        logger.info("scores (right, total): %s", json.dumps(evaluate_folder(options.out), indent=2))
+        logger.info("image to video: %s", json.dumps(evaluate_ti2v_folder(ti2v), indent=2))
+    if "vfi" in chosen:
+        path = options.out.with_name(f"{options.out.name}-vfi") / "model.safetensors"
+        logger.info("frame interpolator: %.2f MB", export_vfi(work, path) / 1e6)
+        logger.info("PSNR (model, repeated, blended): %s", json.dumps(evaluate_vfi(path), indent=2))
 
 
 if __name__ == "__main__":

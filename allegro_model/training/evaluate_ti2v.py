@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..conditioning import build_condition
+from ..conditioning import GivenFrames, build_condition
 from ..config import SamplingConfig
 from ..loading import load_sampling_defaults
 from ..vae.scaling import denormalise, normalise
@@ -88,19 +89,38 @@ def scene_cases(kind: str, count: int) -> list[GivenCase]:
     return cases
 
 
-def generate_given(models: tuple[Any, Encode, Any], cases: Sequence[GivenCase], sampling: SamplingConfig, *,
-                   batch: int = 16) -> list[np.ndarray]:
-    """Generate the clips of all cases, uint8 ``[T, H, W, 3]`` each; arguments as in ``evaluate.generate``."""
+def canvas_latents(vae: Any, cases: Sequence[GivenCase]) -> list[Tensor]:
+    """Encode what the model is given of each case, its pictures in a grey clip: means ``[1, 4, t, h, w]``."""
+    return [vae.encode(_kept(each).canvas())[0] for each in cases]
+
+
+def _kept(each: GivenCase) -> GivenFrames:
+    return keep(to_tensor(each.frames), each.positions)
+
+
+def generate_given(models: tuple[Any, Encode, Any], cases: Sequence[GivenCase], canvases: Sequence[Tensor],
+                   sampling: SamplingConfig, *, batch: int = 16) -> list[np.ndarray]:
+    """Generate the clips of all cases.
+
+    Args:
+        models: DiT, text encoding function, VideoVAE.
+        cases: given frames, prompts and seeds.
+        canvases: the ``canvas_latents`` of these.
+        sampling: size, steps, guidance.
+        batch: clips sampled together.
+
+    Returns:
+        uint8 ``[T, H, W, 3]`` per case.
+    """
     dit, encode, vae = models
+    scale = vae.config.scale_factor
     clips = []
     for first in range(0, len(cases), batch):
-        part, conditions = cases[first : first + batch], []
-        for each in part:
-            given = keep(to_tensor(each.frames), each.positions)
-            mean = vae.encode(given.canvas())[0]
-            conditions.append(build_condition(normalise(mean, vae.config.scale_factor), given))
-        latents = sample_latents(dit, encode, [each.case for each in part], sampling, condition=torch.cat(conditions))
-        for item in denormalise(latents, vae.config.scale_factor).split(1):
+        part, means = cases[first : first + batch], canvases[first : first + batch]
+        condition = torch.cat([build_condition(normalise(mean, scale), _kept(each))
+                               for each, mean in zip(part, means, strict=True)])
+        latents = sample_latents(dit, encode, [each.case for each in part], sampling, condition=condition)
+        for item in denormalise(latents, scale).split(1):
             clips.append(to_frames(vae.decode(item)[0]))
     return clips
 
@@ -124,13 +144,13 @@ class Reproduction(NamedTuple):
     on_canvas: float
 
 
-def reproduction(vae: Any, cases: Sequence[GivenCase], clips: Sequence[np.ndarray]) -> list[Reproduction]:
+def reproduction(vae: Any, cases: Sequence[GivenCase], canvases: Sequence[Tensor],
+                 clips: Sequence[np.ndarray]) -> list[Reproduction]:
     """Compare given pictures with the generated frames; of a continuation the first and the last given one."""
     found = []
-    for each, clip in zip(cases, clips, strict=True):
-        drawn = to_tensor(each.frames)
-        in_clip, on_canvas = (to_frames(vae.decode(vae.encode(frames)[0])[0])
-                              for frames in (drawn[None], keep(drawn, each.positions).canvas()))
+    for each, canvas, clip in zip(cases, canvases, clips, strict=True):
+        in_clip, on_canvas = (to_frames(vae.decode(mean)[0])
+                              for mean in (vae.encode(to_tensor(each.frames)[None])[0], canvas))
         for position in sorted({each.positions[0], each.positions[-1]}):
             picture = each.frames[position]
             found.append(Reproduction(*(frame_psnr(other[position], picture) for other in (clip, in_clip, on_canvas))))
@@ -171,8 +191,9 @@ def evaluate_ti2v_folder(folder: Path) -> dict[str, Any]:
               **{kind: scene_cases(kind, 8) for kind in ("sea", "clouds", "ball")}}
     report: dict[str, Any] = {}
     for name, cases in groups.items():
-        clips = generate_given(models, cases, sampling)
-        report[name] = {**score_given(cases, clips), **_summary(reproduction(models[2], cases, clips))}
+        canvases = canvas_latents(models[2], cases)
+        clips = generate_given(models, cases, canvases, sampling)
+        report[name] = {**score_given(cases, clips), **_summary(reproduction(models[2], cases, canvases, clips))}
         if name == "continue":
             report[name]["worst jump at the join"] = max(join_jump(clip, len(TASKS[name])) for clip in clips)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from .distributed import Workers
@@ -14,12 +15,16 @@ from .ti2v_stage import train_ti2v
 from .vae_stage import train_decoder, train_vae
 from .vfi_stage import train_vfi
 
-_TRAINERS = {"vae": train_vae, "latents": cache_latents, "dit": train_dit, "decoder": train_decoder,
-             "ti2v_latents": cache_ti2v_latents, "ti2v": train_ti2v, "vfi": train_vfi}
+logger = logging.getLogger(__name__)
+TRAINERS = {"vae": train_vae, "latents": cache_latents, "dit": train_dit, "decoder": train_decoder,
+            "ti2v_latents": cache_ti2v_latents, "ti2v": train_ti2v, "vfi": train_vfi}
 
 
-def run_stage(workers: Workers, stage: str, recipe: Recipe, work: Path) -> None:
-    """Run one of the stages above in one process of the group."""
+def run_stages(workers: Workers, stages: Sequence[str], recipe: Recipe, work: Path) -> None:
+    """Run some of the stages above, one after the other, in one process of the group."""
     level = logging.INFO if workers.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(message)s")
-    _TRAINERS[stage](workers, recipe, work)
+    for stage in stages:
+        logger.info("stage %s", stage)
+        TRAINERS[stage](workers, recipe, work)
+        workers.barrier()  # the next one reads what this one has written

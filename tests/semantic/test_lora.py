@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from allegro_model.loading import apply_loras, bundled_model, load_sampling_defaults
+from allegro_model.loading import apply_loras, bundled_model, load_dit, load_sampling_defaults
 from allegro_model.training.analyse import analyse
 from allegro_model.training.captions import write_caption
 from allegro_model.training.evaluate import Case, evaluation_cases, generate, load_models, score
@@ -38,9 +39,13 @@ def with_lora() -> Any:
 
 
 @pytest.fixture(scope="module")
-def scores(with_lora: Any) -> dict[str, tuple[int, int]]:
-    cases = new_cases()
-    return score(generate(with_lora, cases, load_sampling_defaults(ROOT)), cases)
+def clips(with_lora: Any) -> list[np.ndarray]:
+    return generate(with_lora, new_cases(), load_sampling_defaults(ROOT))
+
+
+@pytest.fixture(scope="module")
+def scores(clips: list[np.ndarray]) -> dict[str, tuple[int, int]]:
+    return score(clips, new_cases())
 
 
 def test_without_the_lora_no_object_has_the_colour() -> None:
@@ -64,16 +69,15 @@ def test_other_prompts_are_drawn_as_before(with_lora: Any) -> None:
     assert right / total >= 0.9, found
 
 
-def test_strength_goes_from_nothing_to_all(with_lora: Any) -> None:
+def test_strength_goes_from_nothing_to_all(with_lora: Any, clips: list[np.ndarray]) -> None:
     """Half of it is on the way: the object's colour comes nearer to orange with the strength."""
-    cases = new_cases()[:3]
-    greens = []
-    for strength in (0.0, 0.5, 1.0):
-        dit, encode, vae = load_models(ROOT)
+    cases, found = new_cases()[:3], {1.0: clips[:3]}
+    for strength in (0.0, 0.5):
+        dit = load_dit(ROOT, dtype=torch.float32)
         apply_loras(dit, [(LORA, strength)])
-        clips = generate((dit, encode, vae), cases, load_sampling_defaults(ROOT))
-        greens.append(np.mean([_blue_of_object(clip) for clip in clips]))
-    assert greens[0] > greens[1] > greens[2], greens
+        found[strength] = generate((dit, *with_lora[1:]), cases, load_sampling_defaults(ROOT))
+    nothing, half, full = (np.mean([_blue_of_object(clip) for clip in found[strength]]) for strength in (0.0, 0.5, 1.0))
+    assert nothing > half > full, (nothing, half, full)
 
 
 def _blue_of_object(frames: np.ndarray) -> float:

@@ -18,6 +18,7 @@ from allegro_model.loading import load_sampling_defaults
 from allegro_model.training.analyse import analyse
 from allegro_model.training.evaluate import Case, load_models, to_frames
 from allegro_model.training.evaluate_ti2v import (
+    canvas_latents,
     frame_psnr,
     generate_given,
     join_jump,
@@ -48,14 +49,20 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def clips(models) -> dict[str, list[np.ndarray]]:
+def canvases(models) -> dict[str, list[torch.Tensor]]:
+    return {name: canvas_latents(models[2], cases) for name, cases in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def clips(models, canvases: dict[str, list[torch.Tensor]]) -> dict[str, list[np.ndarray]]:
     sampling = load_sampling_defaults(ASSETS)
-    return {name: generate_given(models, cases, sampling) for name, cases in CASES.items()}
+    return {name: generate_given(models, cases, canvases[name], sampling) for name, cases in CASES.items()}
 
 
 @pytest.mark.parametrize("group", list(CASES))
-def test_given_pictures_come_back(group: str, models, clips: dict[str, list[np.ndarray]]) -> None:
-    found = reproduction(models[2], CASES[group], clips[group])
+def test_given_pictures_come_back(group: str, models, canvases: dict[str, list[torch.Tensor]],
+                                  clips: dict[str, list[np.ndarray]]) -> None:
+    found = reproduction(models[2], CASES[group], canvases[group], clips[group])
     lost = [each.in_clip - each.generated for each in found]
     median, worst = LOST[group]
     assert np.median(lost) <= median, sorted(lost)
@@ -84,7 +91,7 @@ def test_another_word_moves_the_same_picture_another_way(models) -> None:
     first = shape_cases("first", 1)[0]
     ways = ("left", "right", "up", "down")
     cases = [replace(first, case=Case(f"moving {way}", 7, {**first.case.attributes, "direction": way})) for way in ways]
-    clips = generate_given(models, cases, load_sampling_defaults(ASSETS))
+    clips = generate_given(models, cases, canvas_latents(models[2], [first]) * len(ways), load_sampling_defaults(ASSETS))
     assert [analyse(clip, "shape")["direction"] for clip in clips] == list(ways)
 
 
