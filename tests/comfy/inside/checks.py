@@ -602,7 +602,11 @@ def check_torch_compile_equals_eager(h: Host) -> None:
     """Backend eager of the compiler: the graph is captured as for any other backend, no C++ compiler is needed."""
     node = h.extra("nodes_torch_compile", "TorchCompileModel")
     dit = call(node, model=parts(h)[0], backend="eager")
+    torch.compiler.reset()  # nothing that was compiled before serves here
+    captured = torch._dynamo.utils.counters["stats"]
+    before = captured["unique_graphs"]
     assert relative(ksampler(h, dit, steps=2), ksampler(h, parts(h)[0], steps=2)) < 1e-5
+    assert captured["unique_graphs"] > before, "nothing was compiled"
 
 
 def check_torch_compile_with_its_usual_backend(h: Host) -> None:
