@@ -1,4 +1,7 @@
-"""A headless browser in front of real ComfyUI servers, with the front ends that people have."""
+"""A headless browser in front of real ComfyUI servers, with the front ends that people have.
+
+All of it ends with its module: an editor that is merely open keeps a fifth of a processor busy.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -64,10 +67,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "front_end" in metafunc.fixturenames:
         marked = [pytest.param(f, id=f.name) for f in front_ends()]
         skipped = [pytest.param(None, id="none", marks=pytest.mark.skip(reason=WHY_SKIPPED))]
-        metafunc.parametrize("front_end", marked or skipped, scope="session")
+        metafunc.parametrize("front_end", marked or skipped, scope="module")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(front_end: FrontEnd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     base = tmp_path_factory.mktemp(f"browser-{front_end.name}")
     for name in ("custom_nodes", "input", "output", "user/default", "temp", "models"):
@@ -86,7 +89,7 @@ def server(front_end: FrontEnd, tmp_path_factory: pytest.TempPathFactory) -> Ite
         running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, from CHROMIUM or the PATH, else the one that playwright has installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason='playwright is not installed: pip install ".[test]"')
@@ -100,7 +103,7 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_tab(server: Server, browser: Any, front_end: FrontEnd) -> Iterator[Tab]:
     page = browser.new_page(viewport={"width": 1600, "height": 900})
     yield Tab(page, server.url, vue=front_end.vue)

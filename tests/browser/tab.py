@@ -92,6 +92,7 @@ class Tab:
         picture = dialog.locator("img").first
         picture.wait_for()
         self.page.wait_for_function("picture => picture.naturalWidth > 0", arg=picture.element_handle())
+        self._settle(dialog)
         for _ in range(10):  # the list is drawn anew while one types: a click in that moment is lost
             with suppress(self.too_slow):  # or the dialog closed since
                 card.click(timeout=10_000)
@@ -101,6 +102,13 @@ class Tab:
         else:
             raise AssertionError(f"the template {name} could not be opened: {self.dialogs}")
         self.wait_for_nodes(graph)
+
+    def _settle(self, dialog: Any) -> None:
+        """Waits until the list in it stays as it is: it is drawn anew a moment after one has typed."""
+        seen, shown = None, dialog.inner_text()
+        while shown != seen:
+            self.page.wait_for_timeout(500)
+            seen, shown = shown, dialog.inner_text()
 
     def wait_for_progress(self, node_type: str) -> None:
         """In the title of the page, or on the node."""

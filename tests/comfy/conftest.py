@@ -69,6 +69,7 @@ def server(comfyui: Any, base: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def second(comfyui: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server that is not started yet; test_download.py does so with a hub of its own."""
     base = tmp_path_factory.mktemp(f"bare-{comfyui.version}")
     (base / "custom_nodes").mkdir()
     os.symlink(PACK, base / "custom_nodes" / "allegro-video")

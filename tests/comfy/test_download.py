@@ -1,7 +1,6 @@
 """The download node in a real server, with a hub on this machine that fails now and then."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,28 +28,26 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def folders(comfyui: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ComfyUI without models, and a disk elsewhere that has the VAE."""
-    root = tmp_path_factory.mktemp(f"download-{comfyui.version}")
-    for name in ("base/models/diffusion_models", "base/custom_nodes", "base/input", "base/output", "base/user", "base/temp",
-                 "elsewhere/vae"):
-        (root / name).mkdir(parents=True)
-    os.symlink(PACK, root / "base" / "custom_nodes" / "allegro-video")
-    (root / "elsewhere" / "vae" / "allegro_vae.safetensors").write_bytes((TINY / VAE).read_bytes())
-    (root / "extra.yaml").write_text(f"elsewhere:\n    base_path: {root / 'elsewhere'}\n    vae: vae\n")
-    return root
+def folders(second: Server) -> Iterator[Path]:
+    """A base directory without models, and in it a disk elsewhere that has the VAE; both without files afterwards."""
+    base, disk = second.base, second.base / "elsewhere" / "vae"
+    disk.mkdir(parents=True)
+    (disk / "allegro_vae.safetensors").write_bytes((TINY / VAE).read_bytes())
+    (base / "extra.yaml").write_text(f"elsewhere:\n    base_path: {disk.parent}\n    vae: vae\n")
+    yield base
+    for path in (*disk.iterdir(), *(base / "models").rglob("*")):
+        if path.is_file():
+            path.unlink()
 
 
 @pytest.fixture(scope="module")
-def server(comfyui: Any, folders: Path, hub: Hub) -> Iterator[Server]:
-    running = Server(comfyui, folders / "base", ["--disable-api-nodes", "--extra-model-paths-config", str(folders / "extra.yaml")])
+def server(second: Server, folders: Path, hub: Hub) -> Server:
+    second.stop()
+    second.extra += ["--extra-model-paths-config", str(folders / "extra.yaml")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.url)
-        try:
-            running.start()
-            yield running
-        finally:
-            running.stop()
+        second.start()
+    return second
 
 
 def node(*, model: str = "t2v", text_encoder: str = "none", download: bool = True) -> dict[str, Any]:
@@ -64,7 +61,7 @@ def report(server: Server, **inputs: Any) -> str:
 
 def test_the_weights_are_listed_fetched_and_found(server: Server, hub: Hub, folders: Path) -> None:
     hub.requests.clear()
-    dit = folders / "base" / "models" / "diffusion_models" / "allegro_dit.safetensors"
+    dit = folders / "models" / "diffusion_models" / "allegro_dit.safetensors"
     with pytest.raises(PromptRefused) as refused:
         server.submit(api("text_to_video"))
     assert f"{DIT} of {ALLEGRO} (5.5 GB), to be saved as models/diffusion_models/{dit.name}" in refused.value.details
