@@ -558,17 +558,21 @@ def test_ctrl_c_cancels_the_own_run_without_pytorch(comfy: FakeComfy, tmp_path: 
     """In a process of its own, where importing PyTorch, numpy or safetensors fails."""
     import signal
 
-    code = ("import sys\nfor name in ('torch', 'numpy', 'safetensors'): sys.modules[name] = None\n"
+    # Signals as a terminal has them: a run of tests in the background has SIGINT ignored, and so would this.
+    code = ("import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfor name in ('torch', 'numpy', 'safetensors'): sys.modules[name] = None\n"
             "from allegro_model.cli import main\nsys.exit(main())")
     other = ComfyServer(comfy.url).submit(text_to_video("hold"))
     command = [sys.executable, "-c", code, "submit", "--server", comfy.url, "-o", str(tmp_path), "--list", str(tmp_path / "l.txt")]
     (tmp_path / "l.txt").write_text("forever\nnever begun")
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: len(comfy.queue) == 2, 30)
-        comfy.release.set()
-        wait_until(lambda: "forever" in comfy.runs)
-        process.send_signal(getattr(signal, stop))
-        _, err = process.communicate(timeout=20)
+        try:
+            wait_until(lambda: len(comfy.queue) == 2, 30)
+            comfy.release.set()
+            wait_until(lambda: "forever" in comfy.runs)
+            process.send_signal(getattr(signal, stop))
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()  # else a failure would wait for it for ever
     assert process.returncode == 130, err
     assert "Cancelled" in err
     assert "the same command does the rest" in err
